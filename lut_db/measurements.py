@@ -1,0 +1,87 @@
+"""Measurements: raw samples and the evidence around them, or a failure. A failure is a value."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
+Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Status(StrEnum):
+    """What is known of an operator, or of a network, on a target under a plan."""
+
+    MEASURED = "measured"
+    PREDICTED = "predicted"
+    PENDING = "pending"
+    MISSING = "missing"
+    FAILED = "failed"
+
+
+class Value(BaseModel):
+    """A frozen value that refuses fields it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Cause = Literal["unsupported", "crashed", "timed_out", "out_of_memory", "load", "drift", "error"]
+
+REFUSALS: frozenset[Cause] = frozenset({"load", "drift"})
+"""A figure was taken and not believed: the device is at fault, not the operator. Measured again, never recorded."""
+
+TRANSIENT: frozenset[Cause] = REFUSALS | {"crashed", "timed_out", "out_of_memory", "error"}
+"""Worth another try, on another device if there is one."""
+
+
+class Failure(Value):
+    """Why there is no latency."""
+
+    cause: Cause
+    message: str = Field(max_length=4000)
+
+
+class Samples(Value):
+    """Raw latencies of one operator or network in one graph, a run each, in the order in which they were taken.
+
+    `carrier` is the key of the graph in which they were taken. `layout_ms` is the part of the median that went
+    to layout conversions charged to this operator.
+    """
+
+    carrier: str
+    samples_ms: tuple[float, ...] = Field(min_length=1)
+    layout_ms: float = Field(default=0.0, ge=0)
+
+
+Stop = Literal["confident", "settled", "max_runs", "max_seconds"]
+"""Why sampling ended: the interval was narrow enough, the noise no longer shrank, or a bound was reached."""
+
+
+class Measurement(Value):
+    """What a device says of one operator or network, named by its key.
+
+    Exactly one of `latency_ms` and `failure` is there. `half_width_ms` is half the 95 % confidence interval of
+    the statistic within a graph; `spread` is the largest relative distance of a carrier's value from
+    `latency_ms`: it shows how much the neighbours matter.
+    """
+
+    key: str = Field(min_length=32, max_length=32)
+    latency_ms: Milliseconds | None = None
+    half_width_ms: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    spread: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    stop: Stop | None = None
+    samples: tuple[Samples, ...] = ()
+    failure: Failure | None = None
+
+    @model_validator(mode="after")
+    def _check_either(self) -> Measurement:
+        if (self.latency_ms is None) == (self.failure is None):
+            raise ValueError("a measurement has either latency_ms or failure")
+        if self.latency_ms is not None and (not self.samples or self.half_width_ms is None or self.stop is None):
+            raise ValueError("a measured latency comes with its samples, half_width_ms and stop")
+        return self
+
+
+Evidence = dict[str, JsonValue]
+"""What was true around a lease: CPU model, versions, threads, cores, load, clocks, canary. Free of secrets."""

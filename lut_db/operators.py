@@ -1,0 +1,459 @@
+"""Operators: one layer each, as an inference engine runs it.
+
+An operator is its kind, the shapes of its inputs and its attributes, and nothing else: no layer name, no
+weights, no device. Two layers that an engine cannot tell apart are one operator and share one row of a table.
+Shapes are `(N, C, H, W)`, or `(N, F)` for vectors.
+
+Counts follow the reading of NetAdaptV2 in which Tables 8 and 9 of the paper come out right: `macs` counts
+convolution, linear and the two linear layers of squeeze-and-excite; `macs_with_elementwise` adds pools,
+scalings and additions, one per element touched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from functools import cached_property
+from math import prod
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+
+VOCABULARY_VERSION = 1
+"""Part of every key. Raised when the meaning of a kind or of an attribute changes."""
+
+MAX_DIMENSION = 1 << 16
+MAX_ELEMENTS = 1 << 28
+"""Largest tensor that a network may hold (1 GiB of float32): checked before anything is allocated."""
+
+Activation = Literal["none", "relu", "relu6", "hard_swish", "hard_sigmoid", "sigmoid"]
+Size = Annotated[int, Field(ge=1, le=MAX_DIMENSION)]
+Count = Annotated[int, Field(ge=0, le=MAX_DIMENSION)]
+Kernel = Annotated[int, Field(ge=1, le=255)]
+Stride = Annotated[int, Field(ge=1, le=64)]
+Map: TypeAlias = tuple[Size, Size, Size, Size]
+"""Shape of a feature map, (N, C, H, W)."""
+Vector: TypeAlias = tuple[Size, Size]
+"""Shape of a batch of vectors, (N, F)."""
+Shape: TypeAlias = tuple[int, ...]
+Padding: TypeAlias = tuple[Count, Count, Count, Count]
+"""Zeros added at (top, left, bottom, right)."""
+
+KEY_LENGTH = 32
+
+
+def canonical_key(kind: str, definition: dict[str, Any]) -> str:
+    """Key of a record of the vocabulary: the first 128 bits, in hex, of the SHA-256 of its canonical JSON.
+
+    Canonical JSON has sorted keys, no spaces and ASCII only; the version of the vocabulary and `kind` are in it.
+    """
+    text = json.dumps(
+        {"vocabulary": VOCABULARY_VERSION, "record": kind, "definition": definition},
+        sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False,
+    )  # fmt: skip
+    return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]
+
+
+def window_output(size: int, kernel: int, stride: int, pad: int) -> int:
+    """Positions of a window of `kernel` along `size` elements with `pad` zeros in all, rounded down."""
+    return (size + pad - kernel) // stride + 1
+
+
+def same_padding(kernel: int) -> Padding:
+    """Symmetric padding of an odd kernel: keeps the size at stride 1."""
+    return (kernel // 2,) * 4
+
+
+class Record(BaseModel):
+    """A frozen, keyed word of the vocabulary."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @cached_property
+    def key(self) -> str:
+        return canonical_key("operator", self.model_dump(mode="json"))
+
+
+class BaseOperator(Record):
+    """What every operator can say of itself."""
+
+    kind: str
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        """Shapes of the inputs, in order."""
+        raise NotImplementedError
+
+    @property
+    def output(self) -> Shape:
+        """Shape of the only output."""
+        raise NotImplementedError
+
+    @property
+    def weights(self) -> dict[str, Shape]:
+        """Shapes of the parameters after batch-norm is folded, by name."""
+        return {}
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of convolutions and linear layers."""
+        return 0
+
+    @property
+    def elementwise(self) -> int:
+        """Elements that pools, scalings and additions touch."""
+        return 0
+
+    @property
+    def macs_with_elementwise(self) -> int:
+        return self.macs + self.elementwise
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases, after batch-norm is folded."""
+        return sum(prod(shape) for shape in self.weights.values())
+
+    def bytes(self, element_size: int = 4) -> int:
+        """Bytes read and written once each: inputs, parameters and output; `element_size` bytes an element."""
+        activations = sum(prod(shape) for shape in self.inputs) + prod(self.output)
+        return (activations + self.parameters) * element_size
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> BaseOperator:
+        for name, shape in [
+            *(("input", s) for s in self.inputs),
+            ("output", self.output),
+            *self.weights.items(),
+        ]:
+            if min(shape) < 1:
+                raise ValueError(f"{name} would have shape {shape}: every dimension must be at least 1")
+            if prod(shape) > MAX_ELEMENTS:
+                raise ValueError(f"{name} of shape {shape} has more than {MAX_ELEMENTS} elements")
+        return self
+
+
+class _Windowed(BaseOperator):
+    """A window slid over a feature map."""
+
+    input: Map
+    kernel: tuple[Kernel, Kernel]
+    stride: tuple[Stride, Stride] = (1, 1)
+    padding: Padding = (0, 0, 0, 0)
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        return (self.input,)
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        top, left, bottom, right = self.padding
+        return (
+            window_output(self.input[2], self.kernel[0], self.stride[0], top + bottom),
+            window_output(self.input[3], self.kernel[1], self.stride[1], left + right),
+        )
+
+    @model_validator(mode="after")
+    def _check_window(self) -> _Windowed:
+        if min(self.output_size) < 1:
+            raise ValueError(f"kernel {self.kernel} is larger than the padded input {self.input}")
+        return self
+
+
+class Convolution(_Windowed):
+    """Convolution with its batch-norm folded in, an optional residual added, then the activation.
+
+    `residual` adds a second input of the output's shape before the activation, as runtimes fuse it.
+    A depthwise convolution has `groups` equal to its input channels and to its filters.
+    """
+
+    kind: Literal["convolution"] = "convolution"
+    filters: Size
+    groups: Size = 1
+    bias: bool = True
+    residual: bool = False
+    activation: Activation = "none"
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        return (self.input, self.output) if self.residual else (self.input,)
+
+    @property
+    def output(self) -> Shape:
+        return (self.input[0], self.filters, *self.output_size)
+
+    @property
+    def depthwise(self) -> bool:
+        return self.groups == self.input[1] == self.filters and self.groups > 1
+
+    @property
+    def weights(self) -> dict[str, Shape]:
+        weight = (self.filters, self.input[1] // self.groups, *self.kernel)
+        return {"weight": weight, "bias": (self.filters,)} if self.bias else {"weight": weight}
+
+    @property
+    def macs(self) -> int:
+        return prod(self.output) * (self.input[1] // self.groups) * prod(self.kernel)
+
+    @property
+    def elementwise(self) -> int:
+        return prod(self.output) if self.residual else 0
+
+    @model_validator(mode="after")
+    def _check_groups(self) -> Convolution:
+        if self.input[1] % self.groups or self.filters % self.groups:
+            raise ValueError(
+                f"groups={self.groups} must divide the input channels ({self.input[1]}) "
+                f"and the filters ({self.filters})"
+            )
+        return self
+
+
+class Linear(BaseOperator):
+    """Fully connected layer: `(N, F)` to `(N, features)`, then the activation."""
+
+    kind: Literal["linear"] = "linear"
+    input: Vector
+    features: Size
+    bias: bool = True
+    activation: Activation = "none"
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        return (self.input,)
+
+    @property
+    def output(self) -> Shape:
+        return (self.input[0], self.features)
+
+    @property
+    def weights(self) -> dict[str, Shape]:
+        weight = (self.features, self.input[1])
+        return {"weight": weight, "bias": (self.features,)} if self.bias else {"weight": weight}
+
+    @property
+    def macs(self) -> int:
+        return self.input[0] * self.input[1] * self.features
+
+
+class SqueezeExcite(BaseOperator):
+    """Squeeze-and-excite: pool, linear to `squeeze` channels, ReLU, linear back, hard sigmoid, scale the input."""
+
+    kind: Literal["squeeze_excite"] = "squeeze_excite"
+    input: Map
+    squeeze: Size
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        return (self.input,)
+
+    @property
+    def output(self) -> Shape:
+        return self.input
+
+    @property
+    def weights(self) -> dict[str, Shape]:
+        channels = self.input[1]
+        return {
+            "reduce_weight": (self.squeeze, channels), "reduce_bias": (self.squeeze,),
+            "expand_weight": (channels, self.squeeze), "expand_bias": (channels,),
+        }  # fmt: skip
+
+    @property
+    def macs(self) -> int:
+        return 2 * self.input[0] * self.input[1] * self.squeeze
+
+    @property
+    def elementwise(self) -> int:
+        return 2 * prod(self.input)
+
+
+class ChannelBypass(BaseOperator):
+    """Channel-level bypass of NetAdaptV2 (Sec. 2.2): `concat(filtered, source[:, M:min(C, T)])`.
+
+    `source` is the input of the layer, of C channels; `filters` is M, the layer's remaining filters, whose
+    result is the first input (absent when M = 0: the layer is removed); `limit` is T, None for infinity. The
+    output has Z = max(min(C, T), M) channels. At stride s the bypassed channels are average pooled, s x s,
+    stride s, rounding up and leaving the padding out of the mean. There is an operator only where channels
+    are bypassed, so M < min(C, T); a removed layer that passes its whole input on is no operator at all.
+    """
+
+    kind: Literal["channel_bypass"] = "channel_bypass"
+    source: Map
+    filters: Count
+    limit: Size | None = None
+    stride: Stride = 1
+
+    @property
+    def passed(self) -> int:
+        """min(C, T): one past the last input channel that may be bypassed."""
+        return self.source[1] if self.limit is None else min(self.source[1], self.limit)
+
+    @property
+    def output(self) -> Shape:
+        height, width = (-(-size // self.stride) for size in self.source[2:])
+        return (self.source[0], max(self.passed, self.filters), height, width)
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        if self.filters == 0:
+            return (self.source,)
+        return ((self.source[0], self.filters, *self.output[2:]), self.source)
+
+    @property
+    def elementwise(self) -> int:
+        if self.stride == 1:
+            return 0
+        return self.source[0] * (self.passed - self.filters) * self.source[2] * self.source[3]
+
+    @model_validator(mode="after")
+    def _check_bypass(self) -> ChannelBypass:
+        if self.filters >= self.passed:
+            raise ValueError(
+                f"filters={self.filters} leave no channel to bypass (min(C, T) = {self.passed}): "
+                "such a layer needs no bypass operator"
+            )
+        if self.filters == 0 and self.passed == self.source[1] and self.stride == 1:
+            raise ValueError("a bypass of every channel at stride 1 is the identity: leave it out")
+        return self
+
+
+class ResidualAdd(BaseOperator):
+    """Addition of two maps of unequal widths: the narrower is padded with zero channels at its end."""
+
+    kind: Literal["residual_add"] = "residual_add"
+    input: Map
+    shortcut_channels: Size
+    activation: Activation = "none"
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        batch, _, height, width = self.input
+        return (self.input, (batch, self.shortcut_channels, height, width))
+
+    @property
+    def output(self) -> Shape:
+        batch, channels, height, width = self.input
+        return (batch, max(channels, self.shortcut_channels), height, width)
+
+    @property
+    def elementwise(self) -> int:
+        batch, channels, height, width = self.input
+        return batch * min(channels, self.shortcut_channels) * height * width
+
+    @model_validator(mode="after")
+    def _check_widths(self) -> ResidualAdd:
+        if self.shortcut_channels == self.input[1]:
+            raise ValueError("equal widths: use the kind 'add', or a convolution with residual=true")
+        return self
+
+
+class Add(BaseOperator):
+    """Elementwise addition of two maps of one shape, then the activation."""
+
+    kind: Literal["add"] = "add"
+    input: Map
+    activation: Activation = "none"
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        return (self.input, self.input)
+
+    @property
+    def output(self) -> Shape:
+        return self.input
+
+    @property
+    def elementwise(self) -> int:
+        return prod(self.input)
+
+
+class GlobalPool(BaseOperator):
+    """Mean over height and width: `(N, C, H, W)` to the vector `(N, C)`."""
+
+    kind: Literal["global_pool"] = "global_pool"
+    input: Map
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        return (self.input,)
+
+    @property
+    def output(self) -> Shape:
+        return self.input[:2]
+
+    @property
+    def elementwise(self) -> int:
+        return prod(self.input)
+
+
+class Pool(_Windowed):
+    """Average or maximum over a window. An average leaves the padding out of the mean."""
+
+    kind: Literal["pool"] = "pool"
+    mode: Literal["average", "max"]
+
+    @property
+    def output(self) -> Shape:
+        return (*self.input[:2], *self.output_size)
+
+    @property
+    def elementwise(self) -> int:
+        return prod(self.output) * prod(self.kernel)
+
+    @model_validator(mode="after")
+    def _check_padding(self) -> Pool:
+        top, left, bottom, right = self.padding
+        if max(top, bottom) >= self.kernel[0] or max(left, right) >= self.kernel[1]:
+            raise ValueError(f"padding {self.padding} must be smaller than the kernel {self.kernel}")
+        return self
+
+
+class Upsample(BaseOperator):
+    """Nearest-neighbour upsampling by a whole factor."""
+
+    kind: Literal["upsample"] = "upsample"
+    input: Map
+    scale: Annotated[int, Field(ge=2, le=64)]
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        return (self.input,)
+
+    @property
+    def output(self) -> Shape:
+        batch, channels, height, width = self.input
+        return (batch, channels, height * self.scale, width * self.scale)
+
+
+class Activate(BaseOperator):
+    """An activation that no other operator could take in."""
+
+    kind: Literal["activation"] = "activation"
+    input: Map
+    activation: Literal["relu", "relu6", "hard_swish", "hard_sigmoid", "sigmoid"]
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        return (self.input,)
+
+    @property
+    def output(self) -> Shape:
+        return self.input
+
+
+Operator = Annotated[
+    Convolution | Linear | SqueezeExcite | ChannelBypass | ResidualAdd | Add
+    | GlobalPool | Pool | Upsample | Activate,
+    Field(discriminator="kind"),
+]  # fmt: skip
+
+OPERATOR: TypeAdapter[Operator] = TypeAdapter(Operator)
+"""Reads an operator from JSON or from a dict, whatever its kind."""
+
+KINDS: dict[str, type[BaseOperator]] = {
+    cls.model_fields["kind"].default: cls
+    for cls in (
+        Convolution, Linear, SqueezeExcite, ChannelBypass, ResidualAdd, Add,
+        GlobalPool, Pool, Upsample, Activate,
+    )
+}  # fmt: skip

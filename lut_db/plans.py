@@ -1,0 +1,58 @@
+"""Plans: how to measure. The hash of a plan is part of a row's identity."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from lut_db.operators import Record, canonical_key
+
+Context = Literal["in_context", "isolated", "whole"]
+"""Where an operator is timed: among neighbours in carrier graphs, alone in a graph of its own, or, for a
+network, as a whole."""
+
+
+class Plan(Record):
+    """How to measure.
+
+    Carriers (`in_context` only): each operator is measured in `carriers` different graphs of up to
+    `carrier_length` operators packed at random from `seed`; its row is the median over the carriers.
+
+    Stopping: after `warmup_runs` runs that are thrown away, runs go on until the half-width of the 95 % confidence
+    interval of the median is at most `relative_half_width` of it, within `min_runs` and `max_runs` and
+    `max_seconds` per graph. Runs of the graphs of a lease are interleaved at random in rounds of `round_runs`.
+
+    Refusal: a lease is refused when other processes used more than `load_tolerance` of one core while it was
+    measured, or when the canary's median moved by more than `drift_tolerance` between the lease's start and end.
+    """
+
+    context: Context = "in_context"
+    carriers: Annotated[int, Field(ge=1, le=32)] = 3
+    carrier_length: Annotated[int, Field(ge=1, le=256)] = 40
+    seed: Annotated[int, Field(ge=0)] = 0
+    warmup_runs: Annotated[int, Field(ge=0, le=1000)] = 3
+    round_runs: Annotated[int, Field(ge=1, le=1000)] = 5
+    min_runs: Annotated[int, Field(ge=1, le=100_000)] = 30
+    max_runs: Annotated[int, Field(ge=1, le=100_000)] = 60
+    max_seconds: Annotated[float, Field(gt=0, le=3600)] = 20.0
+    relative_half_width: Annotated[float, Field(gt=0, lt=1)] = 0.005
+    statistic: Literal["median", "trimmed_mean"] = "median"
+    load_tolerance: Annotated[float, Field(gt=0)] = 0.3
+    drift_tolerance: Annotated[float, Field(gt=0)] = 0.15
+
+    @cached_property
+    def key(self) -> str:
+        return canonical_key("plan", self.model_dump(mode="json"))[:16]
+
+    @model_validator(mode="after")
+    def _check_runs(self) -> Plan:
+        if self.max_runs < self.min_runs:
+            raise ValueError(f"max_runs={self.max_runs} is below min_runs={self.min_runs}")
+        return self
+
+
+IN_CONTEXT = Plan()
+WHOLE = Plan(context="whole", carriers=1, min_runs=60, max_runs=200, warmup_runs=5, round_runs=4)
+"""How whole networks are measured for calibrations and for checking a discovered network."""

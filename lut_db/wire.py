@@ -1,0 +1,230 @@
+"""Bodies of the HTTP interface, shared by the service, the search client and the agents.
+
+A network goes over the wire as the keys of its operators. Definitions are sent only for operators that the
+service may not know; it answers which it does not.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, Field
+
+from lut_db.estimates import Correction, Estimate, OperatorRow
+from lut_db.measurements import Evidence, Measurement, Samples, Status, Stop, Value
+from lut_db.networks import Network
+from lut_db.operators import KEY_LENGTH, Operator
+from lut_db.plans import WHOLE, Plan
+from lut_db.targets import Device, Name, Target
+
+API = "/v1"
+MAX_WAIT_S = 60.0
+
+Key = Annotated[str, Field(min_length=KEY_LENGTH, max_length=KEY_LENGTH, pattern=r"^[0-9a-f]+$")]
+ShortKey = Annotated[str, Field(min_length=16, max_length=16, pattern=r"^[0-9a-f]+$")]
+Wait = Annotated[float, Field(ge=0, le=MAX_WAIT_S)]
+
+
+# --- agents ---------------------------------------------------------------------------------------------------
+
+
+class DeviceState(Value):
+    """A registered device. `state` is `ready`, `lost` (no heartbeat for a while) or `quarantined`, with the reason."""
+
+    device: Device
+    state: Literal["ready", "lost", "quarantined"]
+    reason: str | None = None
+    last_seen: datetime
+
+
+class LeaseRequest(Value):
+    """Asks for work on one of a device's targets. Waits up to `wait_s` for it: 200 with a lease, or 204."""
+
+    target: ShortKey
+    max_operators: int = Field(default=128, ge=1, le=1024)
+    wait_s: Wait = 30.0
+
+
+class Lease(Value):
+    """The right to measure these operators or networks on one device until `expires_in_s` have passed.
+
+    `token` fences: it grows with every lease, and a report under a token that no longer holds changes nothing.
+    `fillers` are operators already in the table: carriers are filled up with them, and they show drift.
+    `known_ms` is what the table says of them.
+    """
+
+    token: int
+    device: Name
+    target: Target
+    plan: Plan
+    operators: tuple[Operator, ...] = ()
+    networks: tuple[Network, ...] = ()
+    fillers: tuple[Operator, ...] = ()
+    known_ms: dict[Key, float] = Field(default_factory=dict)
+    expires_in_s: float
+
+
+class Heartbeat(Value):
+    """Answer to a heartbeat of a lease that still holds."""
+
+    expires_in_s: float
+
+
+class Report(Value):
+    """The results of a lease: one measurement for each operator and network, and what was true around them."""
+
+    measurements: tuple[Measurement, ...]
+    evidence: Evidence = Field(default_factory=dict)
+
+
+class ReportOutcome(Value):
+    """`accepted`; `repeated` (this report came before: nothing changed); `late` (the lease was lost: nothing changed)."""
+
+    outcome: Literal["accepted", "repeated", "late"]
+    rows: int = Field(description="rows written")
+    requeued: int = Field(default=0, description="measurements that go back to the queue")
+
+
+# --- tables ---------------------------------------------------------------------------------------------------
+
+
+class PinRequest(Value):
+    """Opens a view of one table, target and plan, that never changes under its reader."""
+
+    target: ShortKey
+    plan: Plan
+
+
+class Pin(Value):
+    """A pin. `snapshot` is its number once it is sealed."""
+
+    id: int
+    target: ShortKey
+    plan: Plan
+    rows: int = Field(default=0, description="rows frozen so far")
+    correction: Correction | None = None
+    snapshot: int | None = None
+
+
+class LookupRequest(Value):
+    """Asks what networks cost, each given as the keys of its operators."""
+
+    operators: dict[Key, Operator] = Field(default_factory=dict, max_length=20_000)
+    networks: tuple[tuple[Key, ...], ...] = Field(min_length=1, max_length=4096)
+    wait_s: Wait = 0.0
+
+
+class Lookup(Value):
+    """Answer to a lookup.
+
+    Where `unknown` is not empty nothing was done: ask again with the definitions of these operators.
+    """
+
+    unknown: tuple[Key, ...] = ()
+    operators: dict[Key, OperatorRow] = Field(default_factory=dict)
+    networks: tuple[Estimate, ...] = ()
+    correction: Correction | None = None
+    enqueued: int = Field(default=0, description="operators that this request put into the queue")
+    waiting_for: str | None = Field(default=None, description="why pending operators are not measured yet")
+
+
+class NetworksRequest(Value):
+    """Asks for whole networks to be measured, once each under this plan."""
+
+    networks: tuple[Network, ...] = Field(min_length=1, max_length=256)
+    plan: Plan = WHOLE
+    wait_s: Wait = 0.0
+
+
+class NetworksAnswer(Value):
+    """The rows of whole networks, in the order asked."""
+
+    networks: tuple[OperatorRow, ...]
+    waiting_for: str | None = None
+
+
+class CalibrationRequest(Value):
+    """Asks for a correction of the table of `plan`, fitted on these networks measured whole under `whole`."""
+
+    plan: Plan
+    whole: Plan = WHOLE
+    networks: tuple[Network, ...] = Field(min_length=5, max_length=256)
+
+
+class CalibratedNetwork(Value):
+    """One network of a calibration: the corrected estimate made by a fit that left it out, beside the measurement."""
+
+    key: Key
+    sum_ms: float
+    left_out_ms: float
+    measured_ms: float
+
+
+class Calibration(Value):
+    """A calibration. `state` is `measuring`, `fitted`, or `failed` with the message that says why."""
+
+    id: int
+    target: ShortKey
+    plan: Plan
+    state: Literal["measuring", "fitted", "failed"]
+    pending: int = 0
+    message: str | None = None
+    correction: Correction | None = None
+    networks: tuple[CalibratedNetwork, ...] = ()
+    waiting_for: str | None = None
+
+
+class Row(Value):
+    """One revision of one operator or network in a table, without its raw samples."""
+
+    id: int
+    target: ShortKey
+    plan: ShortKey
+    key: Key
+    kind: str
+    revision: int
+    status: Status
+    latency_ms: float | None = None
+    half_width_ms: float | None = None
+    spread: float | None = None
+    stop: Stop | None = None
+    message: str | None = None
+    device: Name
+    measured_at: datetime
+
+
+class RowDetail(Row):
+    """One revision with its definition, raw samples and evidence."""
+
+    definition: Annotated[Operator, Field()] | Network
+    samples: tuple[Samples, ...] = ()
+    evidence: Evidence = Field(default_factory=dict)
+
+
+class Page(BaseModel):
+    """One page of rows; `next` is the cursor of the following page."""
+
+    rows: tuple[Row, ...]
+    next: int | None = None
+
+
+class TargetState(Value):
+    """A target, how many rows its tables hold and how many measurements wait for it."""
+
+    key: ShortKey
+    target: Target
+    devices: tuple[Name, ...]
+    rows: int
+    pending: int
+
+
+class Problem(BaseModel):
+    """An error, as `application/problem+json` (RFC 9457). `field` names what was wrong, `remedy` what to do."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    field: str | None = None
+    remedy: str | None = None
