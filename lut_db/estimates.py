@@ -38,9 +38,7 @@ class Correction(Value):
 
     def apply(self, sums_ms: Mapping[str, float]) -> float:
         """Latency in ms of a network whose operators of each kind sum to `sums_ms[kind]`."""
-        return self.offset_ms + sum(
-            self.scales.get(kind, self.scale) * value for kind, value in sums_ms.items()
-        )
+        return self.offset_ms + sum(self.scales.get(kind, self.scale) * value for kind, value in sums_ms.items())
 
 
 class OperatorRow(Value):

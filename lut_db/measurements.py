@@ -78,9 +78,7 @@ class Measurement(Value):
     def _check_either(self) -> Measurement:
         if (self.latency_ms is None) == (self.failure is None):
             raise ValueError("a measurement has either latency_ms or failure")
-        if self.latency_ms is not None and (
-            not self.samples or self.half_width_ms is None or self.stop is None
-        ):
+        if self.latency_ms is not None and (not self.samples or self.half_width_ms is None or self.stop is None):
             raise ValueError("a measured latency comes with its samples, half_width_ms and stop")
         return self
 

@@ -41,9 +41,7 @@ class Target(Record):
     def __str__(self) -> str:
         cores = f" on cores {','.join(map(str, self.cores))}" if self.cores else ""
         threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
-        return (
-            f"{self.device_model}, {self.runtime} {self.runtime_version}, {self.precision}, {threads}{cores}"
-        )
+        return f"{self.device_model}, {self.runtime} {self.runtime_version}, {self.precision}, {threads}{cores}"
 
 
 class Device(Record):

@@ -98,6 +98,4 @@ class SearchSpace:
                 raise InvalidInput(f"{len(given)} given for {len(self.layers)} layers", field=field)
             for layer, value in zip(self.layers, given, strict=True):
                 if not 0 <= value <= getattr(layer, field)[-1]:
-                    raise InvalidInput(
-                        f"layer {layer.name!r}: {value} is outside the super-network", field=field
-                    )
+                    raise InvalidInput(f"layer {layer.name!r}: {value} is outside the super-network", field=field)
