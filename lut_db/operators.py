@@ -267,53 +267,74 @@ class SqueezeExcite(BaseOperator):
         return 2 * prod(self.input)
 
 
-class ChannelBypass(BaseOperator):
-    """Channel-level bypass of NetAdaptV2 (Sec. 2.2): `concat(filtered, source[:, M:min(C, T)])`.
+class ChannelBypass(_Windowed):
+    """A convolution and its channel-level bypass (NetAdaptV2, Sec. 2.2), as one layer.
 
-    `source` is the input of the layer, of C channels; `filters` is M, the layer's remaining filters, whose
-    result is the first input (absent when M = 0: the layer is removed); `limit` is T, None for infinity. The
-    output has Z = max(min(C, T), M) channels. At stride s the bypassed channels are average pooled, s x s,
-    stride s, rounding up and leaving the padding out of the mean. There is an operator only where channels
-    are bypassed, so M < min(C, T); a removed layer that passes its whole input on is no operator at all.
+    `concat(activation(convolution(x)), x[:, M:min(C, T)])`: C are the channels of `input`, M (`filters`) the
+    filters that remain, T (`limit`) bounds the bypass, None for infinity. The output has Z = max(min(C, T), M)
+    channels. A `depthwise` layer reads the first M channels with one filter each. At stride s the bypassed
+    channels are average pooled, s x s, stride s, rounding up and leaving the padding out of the mean; the
+    convolution must round alike.
+
+    There is such a layer only where channels are bypassed: M < min(C, T). When M = 0 the layer is removed and
+    there is no convolution: kernel (1, 1), no padding, no activation. A removed layer that passes its whole input
+    on at stride 1 is no operator at all.
+
+    Layer and bypass are one operator because runtimes pay for what lies between them (layout conversions around
+    slice and concat), and because a lowering may join them in other ways.
     """
 
     kind: Literal["channel_bypass"] = "channel_bypass"
-    source: Map
     filters: Count
     limit: Size | None = None
-    stride: Stride = 1
+    depthwise: bool = False
+    bias: bool = True
+    activation: Activation = "none"
 
     @property
     def passed(self) -> int:
         """min(C, T): one past the last input channel that may be bypassed."""
-        return self.source[1] if self.limit is None else min(self.source[1], self.limit)
+        return self.input[1] if self.limit is None else min(self.input[1], self.limit)
 
     @property
     def output(self) -> Shape:
-        height, width = (-(-size // self.stride) for size in self.source[2:])
-        return (self.source[0], max(self.passed, self.filters), height, width)
+        return (self.input[0], self.passed, *self.output_size)
 
     @property
-    def inputs(self) -> tuple[Shape, ...]:
+    def weights(self) -> dict[str, Shape]:
         if self.filters == 0:
-            return (self.source,)
-        return ((self.source[0], self.filters, *self.output[2:]), self.source)
+            return {}
+        weight = (self.filters, 1 if self.depthwise else self.input[1], *self.kernel)
+        return {"weight": weight, "bias": (self.filters,)} if self.bias else {"weight": weight}
+
+    @property
+    def macs(self) -> int:
+        inputs = 1 if self.depthwise else self.input[1]
+        return self.input[0] * self.filters * prod(self.output_size) * inputs * prod(self.kernel)
 
     @property
     def elementwise(self) -> int:
-        if self.stride == 1:
+        if self.stride == (1, 1):
             return 0
-        return self.source[0] * (self.passed - self.filters) * self.source[2] * self.source[3]
+        return self.input[0] * (self.passed - self.filters) * self.input[2] * self.input[3]
 
     @model_validator(mode="after")
     def _check_bypass(self) -> ChannelBypass:
         if self.filters >= self.passed:
             raise ValueError(
-                f"filters={self.filters} leave no channel to bypass (min(C, T) = {self.passed}): "
-                "such a layer needs no bypass operator"
+                f"filters={self.filters} leave no channel to bypass (min(C, T) = {self.passed}): use a convolution"
             )
-        if self.filters == 0 and self.passed == self.source[1] and self.stride == 1:
-            raise ValueError("a bypass of every channel at stride 1 is the identity: leave it out")
+        if self.output_size != tuple(-(-n // s) for n, s in zip(self.input[2:], self.stride, strict=True)):
+            raise ValueError(
+                f"the convolution makes a map of {self.output_size}, the bypass one of the input's size divided by "
+                f"the stride {self.stride} and rounded up: choose a padding that keeps them equal"
+            )
+        if self.filters == 0:
+            if self.passed == self.input[1] and self.stride == (1, 1):
+                raise ValueError("a bypass of every channel at stride 1 is the identity: leave it out")
+            bare = self.kernel == (1, 1) and not any(self.padding) and self.activation == "none"
+            if not bare or self.depthwise or not self.bias:
+                raise ValueError("a removed layer (filters=0) has no kernel, padding or activation: leave them out")
         return self
 
 

@@ -1,0 +1,4 @@
+"""How a network is said in the formats that inference engines read. Needs the extra `lowering`.
+
+One module for each format: `onnx`. Importing this package imports none of them.
+"""

@@ -1,0 +1,254 @@
+"""Networks said in ONNX: batch-norm folded, activations and residual additions where runtimes fuse them.
+
+Every ONNX node is named `n<number>/<part>` after the network's node it belongs to, and tensor `i` of the network
+is called `t<i>`, so that a runtime's profile can be read back in terms of operators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from lut_db.lowering.weights import Array, Weights, checked, made_up
+from lut_db.networks import Network
+from lut_db.operators import (
+    Activate,
+    Add,
+    BaseOperator,
+    ChannelBypass,
+    Convolution,
+    GlobalPool,
+    Linear,
+    Pool,
+    ResidualAdd,
+    SqueezeExcite,
+    Upsample,
+)
+
+OPSET = 17
+IR_VERSION = 9
+"""Read by every ONNX Runtime since 1.15."""
+
+
+def tensor_name(tensor: int) -> str:
+    return f"t{tensor}"
+
+
+def node_number(name: str) -> int | None:
+    """The network's node that an ONNX node's name belongs to, or None; also for names that a runtime derived."""
+    start = name.find("n")
+    while start >= 0:
+        digits = name[start + 1 :].split("/", 1)
+        if len(digits) == 2 and digits[0].isdigit():
+            return int(digits[0])
+        start = name.find("n", start + 1)
+    return None
+
+
+class _Emitter:
+    """Collects the ONNX nodes and constants of one node of a network."""
+
+    def __init__(self, number: int, output: str, arrays: dict[str, Array]):
+        self.prefix = f"n{number}"
+        self.output = output
+        self.arrays = arrays
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: list[onnx.TensorProto] = []
+
+    def constant(self, part: str, value: Any) -> str:
+        name = f"{self.prefix}/{part}"
+        self.constants.append(numpy_helper.from_array(np.asarray(value), name))
+        return name
+
+    def weight(self, name: str, shape: Sequence[int] | None = None) -> str:
+        array = np.ascontiguousarray(self.arrays[name], dtype=np.float32)
+        return self.constant(name, array if shape is None else array.reshape(shape))
+
+    def emit(self, op_type: str, *inputs: str, part: str, last: bool = False, **attributes: Any) -> str:
+        output = self.output if last else f"{self.prefix}/{part}_out"
+        self.nodes.append(helper.make_node(op_type, list(inputs), [output], name=f"{self.prefix}/{part}", **attributes))
+        return output
+
+    def activate(self, activation: str, tensor: str, *, last: bool) -> str:
+        if activation == "relu":
+            return self.emit("Relu", tensor, part="relu", last=last)
+        if activation == "relu6":
+            low = self.constant("zero", np.float32(0))
+            high = self.constant("six", np.float32(6))
+            return self.emit("Clip", tensor, low, high, part="relu6", last=last)
+        if activation == "sigmoid":
+            return self.emit("Sigmoid", tensor, part="sigmoid", last=last)
+        if activation == "hard_sigmoid":
+            return self.hard_sigmoid(tensor, last=last)
+        # Said as its two halves rather than as HardSwish, which runtimes without such a kernel rename.
+        return self.emit("Mul", tensor, self.hard_sigmoid(tensor, last=False), part="hard_swish", last=last)
+
+    def hard_sigmoid(self, tensor: str, *, last: bool) -> str:
+        return self.emit("HardSigmoid", tensor, part="hard_sigmoid", last=last, alpha=1 / 6, beta=0.5)
+
+    def slice_channels(self, tensor: str, start: int, stop: int, part: str, *, last: bool = False) -> str:
+        bounds = [self.constant(f"{part}_{name}", np.array([value], dtype=np.int64))
+                  for name, value in (("start", start), ("stop", stop), ("axis", 1))]  # fmt: skip
+        return self.emit("Slice", tensor, *bounds, part=part, last=last)
+
+
+def _convolution(emit: _Emitter, operator: Convolution, inputs: Sequence[str]) -> None:
+    arguments = [inputs[0], emit.weight("weight")]
+    if operator.bias:
+        arguments.append(emit.weight("bias"))
+    activated = operator.activation != "none"
+    tensor = emit.emit(
+        "Conv", *arguments, part="conv", last=not (operator.residual or activated),
+        kernel_shape=operator.kernel, strides=operator.stride, pads=operator.padding, group=operator.groups,
+    )  # fmt: skip
+    if operator.residual:
+        tensor = emit.emit("Add", tensor, inputs[1], part="residual", last=not activated)
+    if activated:
+        emit.activate(operator.activation, tensor, last=True)
+
+
+def _linear(emit: _Emitter, operator: Linear, inputs: Sequence[str]) -> None:
+    arguments = [inputs[0], emit.weight("weight")]
+    if operator.bias:
+        arguments.append(emit.weight("bias"))
+    activated = operator.activation != "none"
+    tensor = emit.emit("Gemm", *arguments, part="linear", last=not activated, transB=1)
+    if activated:
+        emit.activate(operator.activation, tensor, last=True)
+
+
+def _squeeze_excite(emit: _Emitter, operator: SqueezeExcite, inputs: Sequence[str]) -> None:
+    channels, squeeze = operator.input[1], operator.squeeze
+    pooled = emit.emit("GlobalAveragePool", inputs[0], part="pool")
+    reduced = emit.emit(
+        "Conv", pooled, emit.weight("reduce_weight", (squeeze, channels, 1, 1)), emit.weight("reduce_bias"),
+        part="reduce", kernel_shape=(1, 1),
+    )  # fmt: skip
+    reduced = emit.emit("Relu", reduced, part="reduce_relu")
+    expanded = emit.emit(
+        "Conv", reduced, emit.weight("expand_weight", (channels, squeeze, 1, 1)), emit.weight("expand_bias"),
+        part="expand", kernel_shape=(1, 1),
+    )  # fmt: skip
+    scale = emit.hard_sigmoid(expanded, last=False)
+    emit.emit("Mul", inputs[0], scale, part="scale", last=True)
+
+
+def _channel_bypass(emit: _Emitter, operator: ChannelBypass, inputs: Sequence[str]) -> None:
+    alone = operator.filters == 0
+    pooled = operator.stride != (1, 1)
+    bypassed = inputs[0]
+    if not (alone and operator.passed == operator.input[1]):
+        bypassed = emit.slice_channels(bypassed, operator.filters, operator.passed, "slice", last=alone and not pooled)
+    if pooled:
+        bottom, right = (-size % stride for size, stride in zip(operator.input[2:], operator.stride, strict=True))
+        bypassed = emit.emit(
+            "AveragePool", bypassed, part="pool", last=alone, kernel_shape=operator.stride, strides=operator.stride,
+            pads=(0, 0, bottom, right), count_include_pad=0,
+        )  # fmt: skip
+    if alone:
+        return
+    source = inputs[0]
+    if operator.depthwise:
+        source = emit.slice_channels(source, 0, operator.filters, "leading")
+    arguments = [source, emit.weight("weight")]
+    if operator.bias:
+        arguments.append(emit.weight("bias"))
+    filtered = emit.emit(
+        "Conv", *arguments, part="conv", kernel_shape=operator.kernel, strides=operator.stride,
+        pads=operator.padding, group=operator.filters if operator.depthwise else 1,
+    )  # fmt: skip
+    if operator.activation != "none":
+        filtered = emit.activate(operator.activation, filtered, last=False)
+    emit.emit("Concat", filtered, bypassed, part="concat", last=True, axis=1)
+
+
+def _residual_add(emit: _Emitter, operator: ResidualAdd, inputs: Sequence[str]) -> None:
+    wide, narrow = (inputs[0], inputs[1]) if operator.input[1] > operator.shortcut_channels else (inputs[1], inputs[0])
+    missing = abs(operator.input[1] - operator.shortcut_channels)
+    pads = emit.constant("pads", np.array([0, 0, 0, 0, 0, missing, 0, 0], dtype=np.int64))
+    padded = emit.emit("Pad", narrow, pads, part="pad")
+    activated = operator.activation != "none"
+    tensor = emit.emit("Add", wide, padded, part="add", last=not activated)
+    if activated:
+        emit.activate(operator.activation, tensor, last=True)
+
+
+def _add(emit: _Emitter, operator: Add, inputs: Sequence[str]) -> None:
+    activated = operator.activation != "none"
+    tensor = emit.emit("Add", *inputs, part="add", last=not activated)
+    if activated:
+        emit.activate(operator.activation, tensor, last=True)
+
+
+def _global_pool(emit: _Emitter, operator: GlobalPool, inputs: Sequence[str]) -> None:
+    pooled = emit.emit("GlobalAveragePool", inputs[0], part="pool")
+    emit.emit("Flatten", pooled, part="flatten", last=True, axis=1)
+
+
+def _pool(emit: _Emitter, operator: Pool, inputs: Sequence[str]) -> None:
+    window = {"kernel_shape": operator.kernel, "strides": operator.stride, "pads": operator.padding}
+    if operator.mode == "max":
+        emit.emit("MaxPool", *inputs, part="pool", last=True, **window)
+    else:
+        emit.emit("AveragePool", *inputs, part="pool", last=True, count_include_pad=0, **window)
+
+
+def _upsample(emit: _Emitter, operator: Upsample, inputs: Sequence[str]) -> None:
+    scales = emit.constant("scales", np.array([1, 1, operator.scale, operator.scale], dtype=np.float32))
+    emit.emit(
+        "Resize", inputs[0], "", scales, part="resize", last=True,
+        mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor",
+    )  # fmt: skip
+
+
+def _activate(emit: _Emitter, operator: Activate, inputs: Sequence[str]) -> None:
+    emit.activate(operator.activation, inputs[0], last=True)
+
+
+_LOWERINGS: dict[type[BaseOperator], Callable[[_Emitter, Any, Sequence[str]], None]] = {
+    Convolution: _convolution,
+    Linear: _linear,
+    SqueezeExcite: _squeeze_excite,
+    ChannelBypass: _channel_bypass,
+    ResidualAdd: _residual_add,
+    Add: _add,
+    GlobalPool: _global_pool,
+    Pool: _pool,
+    Upsample: _upsample,
+    Activate: _activate,
+}
+
+
+def to_onnx(network: Network, weights: Weights | None = None, seed: int = 0) -> onnx.ModelProto:
+    """The network as an ONNX model, checked; inputs `t0`, `t1`, …, outputs named after their tensors.
+
+    Without `weights` they are made up from `seed`. Raises InvalidInput where weights do not fit the network.
+    """
+    weights = made_up(network, seed) if weights is None else checked(network, weights)
+    nodes: list[onnx.NodeProto] = []
+    constants: list[onnx.TensorProto] = []
+    for number, node in enumerate(network.nodes):
+        emitter = _Emitter(number, tensor_name(len(network.inputs) + number), dict(weights[number]))
+        _LOWERINGS[type(node.operator)](emitter, node.operator, [tensor_name(tensor) for tensor in node.inputs])
+        nodes.extend(emitter.nodes)
+        constants.extend(emitter.constants)
+    shapes = network.shapes
+
+    def described(tensor: int) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(tensor_name(tensor), TensorProto.FLOAT, shapes[tensor])
+
+    graph = helper.make_graph(
+        nodes, f"network_{network.key}",
+        [described(tensor) for tensor in range(len(network.inputs))],
+        [described(tensor) for tensor in network.output_tensors],
+        constants,
+    )  # fmt: skip
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="latency-lab"
+    )
+    onnx.checker.check_model(model)
+    return model
