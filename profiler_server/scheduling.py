@@ -1,0 +1,92 @@
+"""What a lease holds and what becomes of its measurements. Pure: no database, no clock, no server."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lut_db.measurements import REFUSALS, Failure
+from lut_db.operators import Operator, Shape
+from lut_db.plans import Plan
+
+MAX_NETWORKS = 16
+"""Whole networks in one lease."""
+
+MAX_ATTEMPTS = 3
+"""Tries of a measurement before its failure becomes a row."""
+
+
+def lease_size(plan: Plan, requested: int, attempts: int) -> int:
+    """How many measurements of `plan` that were tried `attempts` times before go into one lease.
+
+    What came back once goes out again in small company and at last alone, so that one operator that kills agents
+    does not take the others down with it.
+    """
+    most = min(requested, MAX_NETWORKS) if plan.context == "whole" else requested
+    if attempts == 0:
+        return most
+    return max(1, most // 8) if attempts < MAX_ATTEMPTS - 1 else 1
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What becomes of a measurement that gave no latency.
+
+    `record`: its failure is written as a row. Otherwise it goes back to the queue, `attempts` more counted, after
+    a pause where `pause` is set.
+    """
+
+    record: bool
+    attempts: int = 1
+    pause: bool = False
+
+
+def fate(failure: Failure, attempts: int) -> Fate:
+    """What becomes of a measurement that failed, having been tried `attempts` times before.
+
+    A refused figure says nothing of the operator: it is taken again, as often as it needs. What is unsupported
+    stays unsupported. Everything else is tried `MAX_ATTEMPTS` times.
+    """
+    if failure.cause in REFUSALS:
+        return Fate(record=False, attempts=0, pause=True)
+    if failure.cause == "unsupported":
+        return Fate(record=True)
+    return Fate(record=attempts + 1 >= MAX_ATTEMPTS)
+
+
+def filler_count(plan: Plan, wanted: int) -> int:
+    """How many known operators fill up the carriers of a lease of `wanted` operators: two carriers' worth in all."""
+    return max(0, 2 * plan.carrier_length - wanted) if plan.context == "in_context" else 0
+
+
+def choose_fillers(wanted: Sequence[Operator], known: Sequence[Operator], count: int, seed: int) -> list[int]:
+    """Up to `count` indices into `known`, those whose shapes adjoin the wanted operators first.
+
+    Breadth first from `wanted`: an operator adjoins another when the output of one has the shape of an input of
+    the other. Within one distance the order is random, from `seed`; operators that nothing connects come last.
+    """
+    rng = random.Random(seed)
+    reads: dict[Shape, list[int]] = defaultdict(list)
+    makes: dict[Shape, list[int]] = defaultdict(list)
+    for number, operator in enumerate(known):
+        makes[operator.output].append(number)
+        for shape in dict.fromkeys(operator.inputs):
+            reads[shape].append(number)
+    chosen: list[int] = []
+    left = set(range(len(known)))
+    front: Sequence[Operator] = wanted
+    while front and len(chosen) < count:
+        outputs = dict.fromkeys(operator.output for operator in front)
+        inputs = dict.fromkeys(shape for operator in front for shape in operator.inputs)
+        near = {number for shape in outputs for number in reads[shape]}
+        near |= {number for shape in inputs for number in makes[shape]}
+        ring = sorted(near & left)
+        rng.shuffle(ring)
+        chosen += ring
+        left -= near
+        front = [known[number] for number in ring]
+    rest = sorted(left)
+    rng.shuffle(rest)
+    return (chosen + rest)[:count]
