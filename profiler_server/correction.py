@@ -209,7 +209,7 @@ def _fit(sums_ms: Array, measured: Array, model: Model) -> Coefficients:
 def _bounded(gram: Array, right: Array, lower: Array, upper: Array) -> Array:
     """The minimum of `x G x / 2 - r x` within bounds, by coordinate descent from the clipped free solution."""
     gram = gram + np.eye(len(right)) * 1e-10 * max(float(np.trace(gram)), 1e-12)
-    x = np.linalg.solve(gram, right)
+    x: Array = np.asarray(np.linalg.solve(gram, right), dtype=np.float64)
     if (x >= lower).all() and (x <= upper).all():
         return x
     x = np.clip(x, lower, upper)

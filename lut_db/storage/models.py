@@ -246,7 +246,7 @@ class PinRow(Base):
 class Calibration(Base):
     """A request for a correction. `key` is the hash of the request: asked twice, it is one calibration.
 
-    `networks` are the keys of its whole networks; `left_out` what the fit says of each of them.
+    `networks` and `operators` are the keys of what it needs; `left_out` is what the fit says of each network.
     """
 
     __tablename__ = "calibrations"
@@ -258,6 +258,7 @@ class Calibration(Base):
     plan: Mapped[str] = mapped_column(ForeignKey("plans.key"))
     whole: Mapped[str] = mapped_column(ForeignKey("plans.key"))
     networks: Mapped[list[Any]]
+    operators: Mapped[list[Any]]
     state: Mapped[str] = mapped_column(String(16), index=True)
     message: Mapped[str | None] = mapped_column(Text)
     correction: Mapped[int | None] = mapped_column(ForeignKey("corrections.id"))

@@ -468,6 +468,13 @@ def last_failures(session: Session, target: str, plan: str, keys: Iterable[str])
     return {key: Failure.model_validate(failure) for key, failure in session.execute(query)}
 
 
+def any_expired(session: Session, now: datetime) -> bool:
+    """Whether an active lease is past its deadline."""
+    return bool(
+        session.execute(select(exists().where(m.Lease.state == "active", m.Lease.deadline <= now))).scalar_one()
+    )
+
+
 def has_claimable(session: Session, target: str, now: datetime) -> bool:
     """Whether something could be claimed for a target, or a lease has expired that may bring something back."""
     waiting = exists().where(m.Pending.target == target, m.Pending.lease.is_(None), m.Pending.not_before <= now)
@@ -483,6 +490,7 @@ def lock_oldest(session: Session, target: str, now: datetime) -> m.Pending | Non
         .order_by(m.Pending.id)
         .limit(1)
         .with_for_update(skip_locked=True)
+        .execution_options(populate_existing=True)
     )
     return session.execute(query).scalar_one_or_none()
 
@@ -498,14 +506,15 @@ def lock_alike(session: Session, oldest: m.Pending, now: datetime, limit: int) -
         .order_by(m.Pending.id)
         .limit(limit)
         .with_for_update(skip_locked=True)
+        .execution_options(populate_existing=True)
     )  # fmt: skip
     return list(session.scalars(query))
 
 
 def requeue(
-    session: Session, jobs: Sequence[m.Pending], not_before: datetime, *, attempts: int, failure: Failure | None
+    session: Session, jobs: Sequence[tuple[m.Pending, Failure | None]], not_before: datetime, *, attempts: int
 ) -> None:
-    """Puts leased measurements back, not to be tried before a time, `attempts` more counted."""
+    """Puts leased measurements back, not to be tried before a time, `attempts` more counted, with their failures."""
     values = [
         {
             "job": job.id,
@@ -513,12 +522,13 @@ def requeue(
             "moment": not_before,
             "why": failure.model_dump(mode="json") if failure else job.last_failure,
         }
-        for job in jobs
+        for job, failure in jobs
     ]
     if values:
+        table = m.Base.metadata.tables[m.Pending.__tablename__]
         change = (
-            update(m.Pending.__table__)  # type: ignore[arg-type]
-            .where(m.Pending.__table__.c.id == bindparam("job"))
+            update(table)
+            .where(table.c.id == bindparam("job"))
             .values(
                 lease=None, attempts=bindparam("tried"), not_before=bindparam("moment"), last_failure=bindparam("why")
             )
@@ -564,7 +574,8 @@ def lease_device(session: Session, token: int) -> str:
 
 def lock_lease(session: Session, token: int) -> m.Lease:
     """The lease, held until the transaction ends. Raises NotFound."""
-    lease = session.execute(select(m.Lease).where(m.Lease.id == token).with_for_update()).scalar_one_or_none()
+    query = select(m.Lease).where(m.Lease.id == token).with_for_update().execution_options(populate_existing=True)
+    lease = session.execute(query).scalar_one_or_none()
     if lease is None:
         raise NotFound(f"there is no lease {token}", field="token", remedy="ask for a lease first")
     return lease
@@ -573,7 +584,7 @@ def lock_lease(session: Session, token: int) -> m.Lease:
 def lock_active_lease(session: Session, device: str) -> m.Lease | None:
     """The lease that a device holds, if it holds one, held until the transaction ends."""
     query = select(m.Lease).where(m.Lease.device == device, m.Lease.state == "active").with_for_update()
-    return session.execute(query).scalar_one_or_none()
+    return session.execute(query.execution_options(populate_existing=True)).scalar_one_or_none()
 
 
 def holds_lease(session: Session, device: str) -> bool:
@@ -589,6 +600,7 @@ def lock_expired(session: Session, now: datetime) -> list[m.Lease]:
         .where(m.Lease.state == "active", m.Lease.deadline <= now)
         .order_by(m.Lease.id)
         .with_for_update(skip_locked=True)
+        .execution_options(populate_existing=True)
     )
     return list(session.scalars(query))
 
@@ -597,7 +609,7 @@ def jobs_of(session: Session, leases: Sequence[m.Lease]) -> dict[int, list[m.Pen
     """The measurements of leases, in order, by token."""
     jobs: dict[int, list[m.Pending]] = {lease.id: [] for lease in leases}
     query = select(m.Pending).where(m.Pending.lease.in_(list(jobs))).order_by(m.Pending.id)
-    for job in session.scalars(query):
+    for job in session.scalars(query.execution_options(populate_existing=True)):
         if job.lease is not None:
             jobs[job.lease].append(job)
     return jobs
@@ -699,6 +711,15 @@ def rows_of_pin(session: Session, pin: int) -> Select[Any]:
     )
 
 
+def pins_of(session: Session, *, sealed: bool) -> list[tuple[m.Pin, int]]:
+    """Pins, or only the sealed ones, by id, with how many rows each has frozen."""
+    count = select(func.count()).where(m.PinRow.pin == m.Pin.id).correlate(m.Pin).scalar_subquery()
+    query = select(m.Pin, count).order_by(m.Pin.id)
+    if sealed:
+        query = query.where(m.Pin.snapshot.is_not(None))
+    return [(pin, rows) for pin, rows in session.execute(query)]
+
+
 # --- calibrations ---------------------------------------------------------------------------------------------
 
 
@@ -724,11 +745,26 @@ def append_correction(session: Session, target: str, plan: str, correction: esti
 
 
 def put_calibration(
-    session: Session, key: str, target: str, plan: str, whole: str, networks: Sequence[str], now: datetime
+    session: Session,
+    key: str,
+    *,
+    target: str,
+    plan: str,
+    whole: str,
+    networks: Sequence[str],
+    operators: Sequence[str],
+    now: datetime,
 ) -> m.Calibration:
     """The calibration of this key, made now where there is none."""
     insert = _insert(session, m.Calibration).values(
-        key=key, target=target, plan=plan, whole=whole, networks=list(networks), state="measuring", asked_at=now
+        key=key,
+        target=target,
+        plan=plan,
+        whole=whole,
+        networks=list(networks),
+        operators=list(operators),
+        state="measuring",
+        asked_at=now,
     )
     session.execute(insert.on_conflict_do_nothing(index_elements=["key"]))
     return session.execute(select(m.Calibration).where(m.Calibration.key == key)).scalar_one()
@@ -748,8 +784,9 @@ def measuring_calibrations(session: Session) -> list[int]:
     return list(session.scalars(query))
 
 
-def end_calibration(session: Session, calibration: int, state: str, message: str | None) -> bool:
+def end_calibration(session: Session, calibration: int, state: str, message: str | None = None) -> bool:
     """Takes a calibration from measuring to its end. False where somebody else already did."""
+    message = None if message is None else message.replace("\x00", "�")
     change = (
         update(m.Calibration)
         .where(m.Calibration.id == calibration, m.Calibration.state == "measuring")

@@ -105,6 +105,7 @@ def upgrade() -> None:
         sa.Column("plan", sa.String(length=16), nullable=False),
         sa.Column("whole", sa.String(length=16), nullable=False),
         sa.Column("networks", sa.JSON(none_as_null=True), nullable=False),
+        sa.Column("operators", sa.JSON(none_as_null=True), nullable=False),
         sa.Column("state", sa.String(length=16), nullable=False),
         sa.Column("message", sa.Text(), nullable=True),
         sa.Column("correction", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=True),

@@ -1,0 +1,223 @@
+"""Leases over a session: granting, settling and ending them. Nothing here commits; routes own transactions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from sqlalchemy.orm import Session
+
+from lut_db.errors import Conflict, InvalidInput
+from lut_db.measurements import REFUSALS, Failure, Measurement
+from lut_db.networks import Network
+from lut_db.operators import OPERATOR
+from lut_db.storage import models as m
+from lut_db.storage import queries
+from lut_db.wire import Lease, Report, ReportOutcome
+from profiler_server import scheduling
+from profiler_server.settings import Settings
+
+
+def grant(
+    session: Session, device: str, target: str, max_operators: int, settings: Settings, *, give_up: bool
+) -> m.Lease | None:
+    """A new lease for a device, or None where nothing waits for the target.
+
+    A lease that the device still holds is given up first: its agent was restarted. Without `give_up` it is kept
+    and nothing is granted. Expired leases of every device are ended on the way. Raises NotFound, InvalidInput
+    where the device does not have the target, Conflict where it is quarantined.
+    """
+    record = queries.lock_device(session, device)
+    if session.get(m.DeviceTarget, (device, target)) is None:
+        raise InvalidInput(
+            f"device {device} does not have target {target}", field="target",
+            remedy="register it with PUT /v1/devices/{name}",
+        )  # fmt: skip
+    if record.state == "quarantined":
+        raise Conflict(f"device {device} is quarantined: {record.reason or 'no reason given'}", field="device")
+    now = queries.clock(session)
+    queries.see_device(session, device, now)
+    held = queries.lock_active_lease(session, device)
+    ending = [lease for lease in queries.lock_expired(session, now) if held is None or lease.id != held.id]
+    keeps = held is not None and not give_up and held.deadline > now
+    if held is not None and not keeps:
+        ending.append(held)
+    end(session, ending, now, "expired", attempts=1)
+    if keeps:
+        return None
+    oldest = queries.lock_oldest(session, target, now)
+    if oldest is None:
+        return None
+    size = scheduling.lease_size(queries.read_plan(session, oldest.plan), max_operators, oldest.attempts)
+    jobs = queries.lock_alike(session, oldest, now, size)
+    deadline = now + timedelta(seconds=settings.lease_s)
+    return queries.open_lease(session, device, target, oldest.plan, jobs, now, deadline)
+
+
+def compose(session: Session, token: int, settings: Settings) -> Lease | None:
+    """A lease as it goes over the wire, with its fillers; None where it was lost in the meantime."""
+    record = session.get(m.Lease, token)
+    if record is None or record.state != "active":
+        return None
+    plan = queries.read_plan(session, record.plan)
+    keys = [job.workload for job in queries.jobs_of(session, [record])[token]]
+    definitions = queries.read_definitions(session, keys)
+    wanted = [OPERATOR.validate_python(d) for kind, d in map(definitions.__getitem__, keys) if kind != m.NETWORK]
+    networks = [Network.model_validate(d) for kind, d in map(definitions.__getitem__, keys) if kind == m.NETWORK]
+    count = scheduling.filler_count(plan, len(wanted))
+    fillers, known_ms = [], {}
+    if wanted and count:
+        measured = queries.measured_operators(
+            session, record.target, record.plan, leave_out=keys, limit=settings.known_operators
+        )
+        known = [(OPERATOR.validate_python(definition), latency_ms) for definition, latency_ms in measured]
+        for index in scheduling.choose_fillers(wanted, [operator for operator, _ in known], count, seed=token):
+            operator, latency_ms = known[index]
+            fillers.append(operator)
+            known_ms[operator.key] = latency_ms
+    left = record.deadline - queries.clock(session)
+    return Lease(
+        token=token, device=record.device, target=queries.read_target(session, record.target), plan=plan,
+        operators=tuple(wanted), networks=tuple(networks), fillers=tuple(fillers), known_ms=known_ms,
+        expires_in_s=max(left.total_seconds(), 0.0),
+    )  # fmt: skip
+
+
+def extend(session: Session, token: int, settings: Settings) -> float:
+    """Moves the deadline of a lease that still holds, and returns the seconds left. Raises NotFound and Conflict."""
+    device = queries.lease_device(session, token)
+    queries.lock_device(session, device)
+    lease = queries.lock_lease(session, token)
+    now = queries.clock(session)
+    queries.see_device(session, device, now)
+    if lease.state != "active" or lease.deadline <= now:
+        raise Conflict(
+            f"lease {token} is lost", field="token", remedy="stop measuring and ask for another lease"
+        )  # fmt: skip
+    lease.deadline = now + timedelta(seconds=settings.lease_s)
+    session.flush()
+    return settings.lease_s
+
+
+def release(session: Session, token: int) -> int:
+    """Gives a lease back; its measurements return to the queue, nothing held against them. Returns how many.
+
+    A lease that no longer holds stays as it is. Raises NotFound.
+    """
+    device = queries.lease_device(session, token)
+    queries.lock_device(session, device)
+    lease = queries.lock_lease(session, token)
+    now = queries.clock(session)
+    queries.see_device(session, device, now)
+    if lease.state != "active":
+        return 0
+    _, requeued = end(session, [lease], now, "released", attempts=0)
+    return requeued
+
+
+def expire(session: Session) -> int:
+    """Ends every lease past its deadline. Returns how many."""
+    now = queries.clock(session)
+    leases = queries.lock_expired(session, now)
+    end(session, leases, now, "expired", attempts=1)
+    return len(leases)
+
+
+def end(session: Session, leases: Sequence[m.Lease], now: datetime, state: str, *, attempts: int) -> tuple[int, int]:
+    """Ends leases whose results will not come. Returns rows written and measurements that went back to the queue.
+
+    A measurement that was lost too often becomes a failed row. The caller holds the leases.
+    """
+    if not leases:
+        return 0, 0
+    by_token = queries.jobs_of(session, leases)
+    rows = requeued = 0
+    for lease in sorted(leases, key=lambda lease: (lease.target, lease.plan, lease.id)):
+        lease.state = state
+        jobs = by_token[lease.id]
+        if attempts == 0:
+            queries.requeue(session, [(job, None) for job in jobs], now, attempts=0)
+            requeued += len(jobs)
+            continue
+        queries.lock_table(session, lease.target, lease.plan)
+        lost = Failure(cause="crashed", message=f"device {lease.device} was lost while measuring this")
+        written, returned = _dispose(session, lease, [(job, lost) for job in jobs], now, now, None)
+        rows += written
+        requeued += returned
+    session.flush()
+    return rows, requeued
+
+
+def settle(session: Session, token: int, report: Report, settings: Settings) -> ReportOutcome:
+    """Takes the results of a lease, once.
+
+    Told again, it answers what it answered; told late, it changes nothing. Measurements of the lease that the
+    report does not mention go back to the queue, one attempt counted; measurements that the lease did not ask for
+    are left out. Raises NotFound, and InvalidInput where a key comes twice.
+    """
+    said: dict[str, Measurement] = {}
+    for number, measurement in enumerate(report.measurements):
+        if said.setdefault(measurement.key, measurement) is not measurement:
+            raise InvalidInput(
+                f"{measurement.key} comes twice", field=f"measurements.{number}.key", remedy="report each key once"
+            )
+    device = queries.lease_device(session, token)
+    queries.lock_device(session, device)
+    lease = queries.lock_lease(session, token)
+    now = queries.clock(session)
+    queries.see_device(session, device, now)
+    if lease.state == "reported":
+        return ReportOutcome(outcome="repeated", rows=lease.rows, requeued=lease.requeued)
+    if lease.state == "active" and lease.deadline <= now:
+        end(session, [lease], now, "expired", attempts=1)
+    if lease.state != "active":
+        return ReportOutcome(outcome="late", rows=0)
+    queries.lock_table(session, lease.target, lease.plan)
+    evidence = queries.put_evidence(session, dict(report.evidence))
+    jobs = queries.jobs_of(session, [lease])[token]
+    silence = Failure(cause="error", message="the report of its lease said nothing of it")
+    measured: list[m.Pending] = []
+    failed: list[tuple[m.Pending, Failure]] = []
+    for job in jobs:
+        told = said.get(job.workload)
+        failure = silence if told is None else told.failure
+        if failure is None:
+            measured.append(job)
+        else:
+            failed.append((job, failure))
+    new = [queries.NewRow(said[job.workload], device, token, evidence, now) for job in measured]
+    rows = queries.append_rows(session, lease.target, lease.plan, new)
+    queries.drop(session, measured)
+    later = now + timedelta(seconds=settings.refusal_pause_s)
+    written, requeued = _dispose(session, lease, failed, now, later, evidence)
+    refusal = next((failure for _, failure in failed if failure.cause in REFUSALS), None)
+    if refusal is not None:
+        queries.note_reason(session, device, f"{refusal.cause}: {refusal.message}")
+    elif measured:
+        queries.note_reason(session, device, None)
+    lease.state, lease.rows, lease.requeued = "reported", rows + written, requeued
+    session.flush()
+    return ReportOutcome(outcome="accepted", rows=lease.rows, requeued=lease.requeued)
+
+
+def _dispose(
+    session: Session, lease: m.Lease, failed: Sequence[tuple[m.Pending, Failure]], now: datetime, later: datetime,
+    evidence: int | None,
+) -> tuple[int, int]:  # fmt: skip
+    """Writes failed rows or puts measurements back, as `scheduling.fate` says. Returns (rows, requeued)."""
+    fates: dict[scheduling.Fate, list[tuple[m.Pending, Failure]]] = {}
+    for job, failure in failed:
+        fates.setdefault(scheduling.fate(failure, job.attempts), []).append((job, failure))
+    recorded: list[tuple[m.Pending, Failure]] = []
+    for decided, jobs in fates.items():
+        if decided.record:
+            recorded += jobs
+        else:
+            queries.requeue(session, jobs, later if decided.pause else now, attempts=decided.attempts)
+    new = [
+        queries.NewRow(Measurement(key=job.workload, failure=failure), lease.device, lease.id, evidence, now)
+        for job, failure in recorded
+    ]
+    rows = queries.append_rows(session, lease.target, lease.plan, new)
+    queries.drop(session, [job for job, _ in recorded])
+    return rows, len(failed) - len(recorded)
