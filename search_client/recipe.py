@@ -24,7 +24,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from lut_db.errors import InvalidInput
 from lut_db.plans import IN_CONTEXT, WHOLE, Plan
 from lut_db.targets import Name, Target
-from search_client import metrics, networks
+from search_client import data, metrics, networks
 from search_client.optimizers import mcd
 from search_client.training import TrainingOptions
 
@@ -151,11 +151,15 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        networks.load(self.network.name, **self.network.options)
-        from search_client import data
+        try:
+            networks.load(self.network.name, **self.network.options)
+        except TypeError as error:
+            raise ValueError(f"network: {error}") from error
 
         if self.data.name not in data.names():
-            raise InvalidInput(f"there is no data set {self.data.name!r}{_nearest(self.data.name, data.names())}")
+            raise InvalidInput(
+                f"there is no data set {self.data.name!r}", field="data", remedy=f"one of {', '.join(data.names())}"
+            )
         return self
 
     @property
@@ -173,18 +177,18 @@ def load(path: Path) -> Recipe:
     except OSError as error:
         raise InvalidInput(f"{path}: {error.strerror}", field="recipe", remedy="give the path of a recipe") from error
     try:
-        data = yaml.safe_load(text)
+        given = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InvalidInput(f"{path} is no YAML: {error}", field="recipe") from error
-    return parse(data, str(path))
+    return parse(given, str(path))
 
 
-def parse(data: Any, source: str = "recipe") -> Recipe:
+def parse(given: Any, source: str = "recipe") -> Recipe:
     """A recipe from plain data. Raises InvalidInput for the first thing that is wrong."""
-    if not isinstance(data, dict):
+    if not isinstance(given, dict):
         raise InvalidInput(f"{source} holds no fields", field="recipe", remedy="start from recipes/digits.yaml")
     try:
-        return Recipe.model_validate(data)
+        return Recipe.model_validate(given)
     except ValidationError as error:
         raise _explained(error, source) from error
 

@@ -204,6 +204,15 @@ def _reach_further(config: Config, ratio: float, reach: float) -> str:
     )
 
 
+def check(config: Config, space: SearchSpace) -> None:
+    """Raises InvalidInput where the configuration asks of the space what it does not have."""
+    if config.layers > len(space.layers):
+        raise InvalidInput(
+            f"{config.layers} layers a sample, but the network has {len(space.layers)} searchable layers",
+            field="layers",
+        )
+
+
 def start(
     config: Config, space: SearchSpace, cost: Cost, quality: Quality, canonical: Canonical | None = None
 ) -> State:
@@ -211,11 +220,7 @@ def start(
 
     Raises InvalidInput where the budget is out of reach, before any sample is drawn.
     """
-    if config.layers > len(space.layers):
-        raise InvalidInput(
-            f"{config.layers} layers a sample, but the network has {len(space.layers)} searchable layers",
-            field="layers",
-        )
+    check(config, space)
     initial = (canonical or _same)(space.full)
     (initial_cost,) = cost([initial])
     if initial_cost is None or not math.isfinite(initial_cost) or initial_cost <= 0:
