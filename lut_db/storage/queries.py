@@ -58,15 +58,18 @@ def _dialect(session: Session) -> str:
 
 def _insert(session: Session, table: type[m.Base]) -> Any:
     """INSERT with ON CONFLICT, which both databases have and SQLAlchemy says per dialect."""
-    return (sqlite.insert if _dialect(session) == "sqlite" else postgresql.insert)(table)
+    insert = sqlite.insert if _dialect(session) == "sqlite" else postgresql.insert
+    return insert(m.Base.metadata.tables[table.__tablename__]).execution_options(preserve_rowcount=True)
 
 
 def _each(session: Session, values: Iterable[str]) -> Any:
-    """A set of strings as a table of one column `value`, in order, from one bound parameter."""
+    """A set of strings as a table of columns `value` and `position`, from one bound parameter."""
     array = literal(json.dumps(list(values)), Text)
     if _dialect(session) == "sqlite":
-        return func.json_each(array).table_valued(column("value", Text))
-    return func.jsonb_array_elements_text(cast(array, JSONB)).table_valued(column("value", Text))
+        members = func.json_each(array).table_valued(column("value", Text), column("key"))
+        return select(members.c.value, members.c.key.label("position")).subquery()
+    members = func.jsonb_array_elements_text(cast(array, JSONB))
+    return members.table_valued(column("value", Text), with_ordinality="position")
 
 
 def _changed(result: Any) -> int:
@@ -256,7 +259,7 @@ def known_kinds(session: Session, keys: Iterable[str]) -> dict[str, str]:
     query = select(m.Workload.key, m.Workload.kind).where(
         m.Workload.key.in_(select(each.c.value)), m.Workload.kind != m.NETWORK
     )
-    return dict(session.execute(query).tuples().all())
+    return {row[0]: row[1] for row in session.execute(query)}
 
 
 def read_definitions(session: Session, keys: Iterable[str]) -> dict[str, tuple[str, dict[str, Any]]]:
@@ -335,7 +338,7 @@ def append_rows(session: Session, target: str, plan: str, new: Sequence[NewRow])
         .where(m.Row.target == target, m.Row.plan == plan, m.Row.workload.in_(select(each.c.value)))
         .group_by(m.Row.workload)
     )
-    revisions = dict(session.execute(query).tuples().all())
+    revisions = {row[0]: row[1] for row in session.execute(query)}
     values = []
     for row in new:
         said = row.measurement
@@ -426,8 +429,10 @@ def enqueue(
     each = _each(session, keys)
     has_row = exists().where(m.Row.target == target, m.Row.plan == plan, m.Row.workload == each.c.value)
     moment = literal(now, m.Moment())
-    source = select(literal(target), literal(plan), each.c.value, literal(0), moment, moment).where(
-        true() if again else ~has_row
+    source = (
+        select(literal(target), literal(plan), each.c.value, literal(0), moment, moment)
+        .where(true() if again else ~has_row)
+        .order_by(each.c.position)  # what was asked first is measured first
     )
     names = ["target", "plan", "workload", "attempts", "not_before", "enqueued_at"]
     insert = _insert(session, m.Pending).from_select(names, source, include_defaults=False)

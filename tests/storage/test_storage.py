@@ -9,10 +9,13 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
+from click.testing import Result
 from sqlalchemy import event, select, text, update
 from sqlalchemy.exc import IntegrityError, StatementError
 from tables_kit import PLAN, TARGET, convs, failed, make_device, measured
+from typer.testing import CliRunner
 
+from lut_db.cli import app
 from lut_db.errors import InvalidInput, NotFound, StaleSchema
 from lut_db.measurements import Status
 from lut_db.storage import Database, queries
@@ -108,9 +111,13 @@ def test_foreign_keys_hold(database: Database) -> None:
 
 
 def test_a_transaction_that_raises_leaves_nothing(database: Database) -> None:
-    with pytest.raises(RuntimeError), database.write() as session:
-        queries.put_plan(session, PLAN)
-        raise RuntimeError
+    def half_way() -> None:
+        with database.write() as session:
+            queries.put_plan(session, PLAN)
+            queries.read_target(session, "0" * 16)
+
+    with pytest.raises(NotFound):
+        half_way()
     with pytest.raises(NotFound), database.read() as session:
         queries.read_plan(session, PLAN.key)
 
@@ -211,8 +218,8 @@ def test_sets_travel_as_one_parameter(database: Database, size: int) -> None:
 # --- files and the command ------------------------------------------------------------------------------------
 
 
-def lut_db(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "lut_db.cli", *arguments], capture_output=True, text=True, check=False)
+def lut_db(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
 
 
 def test_a_snapshot_goes_to_a_file_and_into_another_database(database: Database, tmp_path) -> None:
@@ -229,30 +236,30 @@ def test_a_snapshot_goes_to_a_file_and_into_another_database(database: Database,
     here, there = database.url.render_as_string(hide_password=False), f"sqlite:///{tmp_path / 'other.sqlite'}"
     file, again = tmp_path / "snapshot.json", tmp_path / "again.json"
     done = lut_db("snapshot", "export", "1", str(file), "--database", here)
-    assert done.returncode == 0, done.stderr
-    assert lut_db("upgrade", "--database", there).returncode == 0
+    assert done.exit_code == 0, done.stderr
+    assert lut_db("upgrade", "--database", there).exit_code == 0
     for number in (1, 2):
         done = lut_db("snapshot", "import", str(file), "--database", there)
         assert done.stdout.startswith(f"snapshot {number}: 3 rows"), done.stderr
-    assert lut_db("snapshot", "export", "1", str(again), "--database", there).returncode == 0
+    assert lut_db("snapshot", "export", "1", str(again), "--database", there).exit_code == 0
     assert again.read_text() == file.read_text()
     assert "unsupported" not in lut_db("rows", TARGET.key, "--status", "measured", "--database", there).stdout
     assert len(lut_db("rows", TARGET.key, "--database", there).stdout.splitlines()) == 4
     assert lut_db("remeasure", TARGET.key, PLAN.key, "--database", there).stdout == "1 measurements enqueued\n"
     file.write_text(file.read_text().replace('"latency_ms": 0.125', '"latency_ms": -1', 1))
     done = lut_db("snapshot", "import", str(file), "--database", there)
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert "rows.0.measurement.latency_ms" in done.stderr
 
 
 def test_the_command_explains_what_is_wrong(tmp_path) -> None:
     url = f"sqlite:///{tmp_path / 'nothing.sqlite'}"
     done = lut_db("check", "--database", url)
-    assert done.returncode == 1
+    assert done.exit_code == 1
     assert f"lut-db upgrade --database {url}" in done.stderr
     assert not (tmp_path / "nothing.sqlite").exists()
-    assert lut_db("upgrade", "--database", url).returncode == 0
-    assert lut_db("check", "--database", url).returncode == 0
+    assert lut_db("upgrade", "--database", url).exit_code == 0
+    assert lut_db("check", "--database", url).exit_code == 0
     done = lut_db("rows", "0" * 16, "--database", url)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert (done.exit_code, done.stdout) == (1, "")
     assert "there is no target" in done.stderr
