@@ -51,7 +51,8 @@ class Lease(Value):
 
     `token` fences: it grows with every lease, and a report under a token that no longer holds changes nothing.
     `fillers` are operators already in the table: carriers are filled up with them, and they show drift.
-    `known_ms` is what the table says of them.
+    `known_ms` is what the table says of them. `canary_ms` is the latency of the canary on which the target's tables
+    are based, None until a first report has set it.
     """
 
     token: int
@@ -62,6 +63,7 @@ class Lease(Value):
     networks: tuple[Network, ...] = ()
     fillers: tuple[Operator, ...] = ()
     known_ms: dict[Key, float] = Field(default_factory=dict)
+    canary_ms: float | None = Field(default=None, gt=0)
     expires_in_s: float
 
 
@@ -72,9 +74,14 @@ class Heartbeat(Value):
 
 
 class Report(Value):
-    """The results of a lease: one measurement for each operator and network, and what was true around them."""
+    """The results of a lease: one measurement for each operator and network, and what was true around them.
+
+    `canary_ms` is the latency of the canary to which the measurements were scaled: that of the lease, or, if it had
+    none, the one measured with it, which becomes the target's. A report scaled to another one is not believed.
+    """
 
     measurements: tuple[Measurement, ...]
+    canary_ms: float | None = Field(default=None, gt=0)
     evidence: Evidence = Field(default_factory=dict)
 
 
