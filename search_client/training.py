@@ -30,6 +30,8 @@ from search_client.ordered_dropout import KernelMode, draw
 from search_client.sliced import SlicedNetwork, fresh, slice_network
 
 CHECKPOINT_FORMAT = 1
+EVALUATION_BATCH = 64
+"""Images at once in evaluation: on one core, feature maps of larger batches fall out of the cache."""
 RMSPROP_ALPHA = 0.9
 RMSPROP_EPSILON = 1e-3
 _ORDER, _SHIFT, _DROPOUT = 0, 1, 2  # streams of random numbers
@@ -374,7 +376,7 @@ def load_checkpoint(path: Path, identity: str) -> dict[str, Any]:
 # --- evaluation ------------------------------------------------------------------------------------------------
 
 
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch: int = 256) -> float:
+def evaluate(model: nn.Module, images: Tensor, labels: Tensor, batch: int = EVALUATION_BATCH) -> float:
     """Share of images (n, C, H, W) whose label (n,) gets the largest logit, in evaluation mode."""
     training = model.training
     model.eval()
@@ -393,7 +395,7 @@ def evaluate_architectures(
     images: Tensor,
     labels: Tensor,
     *,
-    batch: int = 256,
+    batch: int = EVALUATION_BATCH,
     recalibration: Tensor | None = None,
 ) -> list[float]:
     """Accuracy of each architecture with the super-network's weights, without further training (Sec. 2.1).
@@ -414,7 +416,7 @@ def evaluate_architectures(
     return found
 
 
-def recalibrate(model: nn.Module, images: Tensor, batch: int = 256) -> None:
+def recalibrate(model: nn.Module, images: Tensor, batch: int = EVALUATION_BATCH) -> None:
     """Replaces batch-norm statistics by cumulative averages over `images` (n, C, H, W), in place.
 
     All else is as in evaluation: no dropout, no gradients. Batches are equal; the rest of the images is left out.
