@@ -45,13 +45,21 @@ class Failure(Value):
 class Samples(Value):
     """Raw latencies of one operator or network in one graph, a run each, in the order in which they were taken.
 
-    `carrier` is the key of the graph in which they were taken. `layout_ms` is the part of the median that went
-    to layout conversions charged to this operator.
+    `carrier` is the key of the graph. `slowness[i]` is the canary's latency around run `i` as a multiple of its
+    reference: `samples_ms[i] / slowness[i]` is the latency at the reference speed. `layout_ms` is the part of the
+    statistic that went to layout conversions charged to this operator.
     """
 
     carrier: str
     samples_ms: tuple[float, ...] = Field(min_length=1)
+    slowness: tuple[float, ...] = Field(min_length=1)
     layout_ms: float = Field(default=0.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Samples:
+        if len(self.samples_ms) != len(self.slowness):
+            raise ValueError(f"{len(self.samples_ms)} samples_ms but {len(self.slowness)} slowness: one for each run")
+        return self
 
 
 Stop = Literal["confident", "settled", "max_runs", "max_seconds"]

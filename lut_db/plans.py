@@ -17,15 +17,19 @@ network, as a whole."""
 class Plan(Record):
     """How to measure.
 
-    Carriers (`in_context` only): each operator is measured in `carriers` different graphs of up to
-    `carrier_length` operators packed at random from `seed`; its row is the median over the carriers.
+    Carriers: in context, each operator is measured in `carriers` different graphs of up to `carrier_length`
+    operators packed at random from `seed`; elsewhere in as many fresh sessions of its graph, since where a runtime
+    happens to place its memory matters. The row is the median over the carriers.
 
     Stopping: after `warmup_runs` runs that are thrown away, runs go on until the half-width of the 95 % confidence
     interval of the median is at most `relative_half_width` of it, within `min_runs` and `max_runs` and
     `max_seconds` per graph. Runs of the graphs of a lease are interleaved at random in rounds of `round_runs`.
 
+    Every timed run lies between two runs of the canary and is stated at the canary's reference speed.
+
     Refusal: a lease is refused when other processes used more than `load_tolerance` of one core while it was
-    measured, or when the canary's median moved by more than `drift_tolerance` between the lease's start and end.
+    measured, or when the canary was slower than its reference by a factor of more than `1 + drift_tolerance`, or as
+    much faster: so far off, the canary no longer speaks for other graphs.
     """
 
     context: Context = "in_context"
@@ -38,9 +42,9 @@ class Plan(Record):
     max_runs: Annotated[int, Field(ge=1, le=100_000)] = 60
     max_seconds: Annotated[float, Field(gt=0, le=3600)] = 20.0
     relative_half_width: Annotated[float, Field(gt=0, lt=1)] = 0.005
-    statistic: Literal["median", "trimmed_mean"] = "median"
+    statistic: Literal["median", "interquartile_mean"] = "interquartile_mean"
     load_tolerance: Annotated[float, Field(gt=0)] = 0.3
-    drift_tolerance: Annotated[float, Field(gt=0)] = 0.15
+    drift_tolerance: Annotated[float, Field(gt=0)] = 0.6
 
     @cached_property
     def key(self) -> str:
@@ -54,5 +58,5 @@ class Plan(Record):
 
 
 IN_CONTEXT = Plan()
-WHOLE = Plan(context="whole", carriers=1, min_runs=60, max_runs=200, warmup_runs=5, round_runs=4)
+WHOLE = Plan(context="whole", carriers=3, min_runs=40, max_runs=80)
 """How whole networks are measured for calibrations and for checking a discovered network."""

@@ -86,7 +86,7 @@ class Report(Value):
 
 
 class ReportOutcome(Value):
-    """`accepted`; `repeated` (this report came before: nothing changed); `late` (the lease was lost: nothing changed)."""
+    """`accepted`, or nothing changed: `repeated` (this report came before) or `late` (the lease was lost)."""
 
     outcome: Literal["accepted", "repeated", "late"]
     rows: int = Field(description="rows written")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,7 @@ def _config() -> Config:
     return config
 
 
+@cache
 def head() -> str:
     """The revision of the schema that this program needs."""
     revision = ScriptDirectory.from_config(_config()).get_current_head()
@@ -157,6 +159,7 @@ def head() -> str:
     return revision
 
 
-def known_revisions() -> set[str]:
+@cache
+def known_revisions() -> frozenset[str]:
     """Every revision that this program can upgrade from."""
-    return {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+    return frozenset(script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions())

@@ -1,0 +1,240 @@
+"""The loop of an agent: register, ask for a lease, measure it in a child process, report; over and over.
+
+The service may go away and come back at any time. An agent keeps trying, measures on while it can, and never
+reports under a lease that it has lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from device_agents.backends import Backend, Options
+from device_agents.child import Job
+from lut_db.errors import LatencyLabError
+from lut_db.measurements import Cause, Failure, Measurement
+from lut_db.targets import Device, Target
+from lut_db.wire import API, Lease, LeaseRequest, Problem, Report, ReportOutcome
+
+log = logging.getLogger("device-agent")
+
+POLL_S = 25.0
+REQUEST_TIMEOUT_S = 20.0
+FIRST_RETRY_S = 0.2
+LONGEST_RETRY_S = 10.0
+CHECK_S = 0.05
+LOG_TAIL = 2000
+
+
+class Refused(LatencyLabError):
+    """The service refused a request that will not get better by asking again."""
+
+
+class Stopped(Exception):
+    """The agent was told to stop."""
+
+
+@dataclass
+class Agent:
+    """Serves one device with one backend. `run` returns when `stop` is called."""
+
+    server: str
+    name: str
+    backend_name: str
+    backend: Backend
+    options: Options
+    max_operators: int = 128
+    lease_limit_s: float = 1800.0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def run(self) -> None:
+        target = self.backend.target()
+        with httpx.Client(base_url=self.server.rstrip("/") + API, timeout=REQUEST_TIMEOUT_S) as http:
+            try:
+                self._register(http, target)
+                print(f"registered {self.name} as {target.key}", flush=True)
+                while not self._stop.is_set():
+                    lease = self._ask(http, target)
+                    if lease is not None:
+                        self._serve(http, lease)
+            except Stopped:
+                log.info("stopped")
+
+    def _register(self, http: httpx.Client, target: Target) -> None:
+        device = Device(name=self.name, targets=(target,))
+        self._request(http, "PUT", f"/devices/{self.name}", content=device.model_dump_json())
+
+    def _ask(self, http: httpx.Client, target: Target) -> Lease | None:
+        request = LeaseRequest(target=target.key, max_operators=self.max_operators, wait_s=POLL_S)
+        response = self._request(
+            http, "POST", f"/devices/{self.name}/leases", content=request.model_dump_json(),
+            timeout=POLL_S + REQUEST_TIMEOUT_S, allow=(404,),
+        )  # fmt: skip
+        if response.status_code == 404:  # the service has another database than the one we registered with
+            self._register(http, target)
+            return None
+        return None if response.status_code == 204 else Lease.model_validate_json(response.content)
+
+    def _serve(self, http: httpx.Client, lease: Lease) -> None:
+        log.info(
+            "lease %d: %d operators, %d networks, %s", lease.token, len(lease.operators), len(lease.networks),
+            lease.plan.context,
+        )  # fmt: skip
+        began = time.monotonic()
+        try:
+            with heartbeat(http, lease) as lost:
+                report = self._measure(lease, lost)
+        except Stopped:
+            self._give_back(http, lease)
+            raise
+        if report is None:
+            log.warning("lease %d was lost: its results are thrown away", lease.token)
+            return
+        response = self._request(
+            http, "POST", f"/leases/{lease.token}/results", content=report.model_dump_json(), allow=(404,)
+        )
+        if response.status_code == 404:
+            log.warning("lease %d is not known to the service any more", lease.token)
+            return
+        outcome = ReportOutcome.model_validate_json(response.content)
+        failed = [m.failure for m in report.measurements if m.failure is not None]
+        log.info(
+            "lease %d: %s, %d rows, %d requeued, %.1f s%s", lease.token, outcome.outcome, outcome.rows,
+            outcome.requeued, time.monotonic() - began, f"; {failed[0].cause}: {failed[0].message}" if failed else "",
+        )  # fmt: skip
+
+    def _measure(self, lease: Lease, lost: threading.Event) -> Report | None:
+        """Measures in a child process. None when the lease was lost meanwhile."""
+        with tempfile.TemporaryDirectory(prefix="lease-") as name:
+            folder = Path(name)
+            job = Job(backend=self.backend_name, options=self.options, lease=lease)
+            (folder / "job.json").write_text(job.model_dump_json())
+            deadline = time.monotonic() + self.lease_limit_s
+            with (folder / "log").open("w") as output, subprocess.Popen(
+                [sys.executable, "-m", "device_agents.child", str(folder)],
+                stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+            ) as child:  # fmt: skip
+                try:
+                    while child.poll() is None:
+                        if lost.is_set():
+                            return None
+                        if self._stop.is_set():
+                            raise Stopped
+                        if time.monotonic() > deadline:
+                            return _failed(
+                                lease, "timed_out", f"not measured within {self.lease_limit_s:.0f} s; {_tail(folder)}"
+                            )
+                        time.sleep(CHECK_S)
+                finally:
+                    if child.poll() is None:
+                        child.kill()
+            if child.returncode == 0:
+                return Report.model_validate_json((folder / "report.json").read_bytes())
+            return _failed(lease, *_why(child.returncode, _tail(folder)))
+
+    def _give_back(self, http: httpx.Client, lease: Lease) -> None:
+        try:
+            http.delete(f"/leases/{lease.token}")
+        except httpx.TransportError as error:
+            log.warning("lease %d could not be given back (%s): it will expire", lease.token, error)
+
+    def _request(
+        self, http: httpx.Client, method: str, path: str, *, allow: tuple[int, ...] = (), content: str | None = None,
+        timeout: float = REQUEST_TIMEOUT_S,
+    ) -> httpx.Response:  # fmt: skip
+        """Asks until the service answers: every request of an agent may be repeated without harm."""
+        wait_s = FIRST_RETRY_S
+        reported = False
+        while True:
+            if self._stop.is_set():
+                raise Stopped
+            try:
+                response = http.request(
+                    method, path, content=content, timeout=timeout, headers={"content-type": "application/json"}
+                )
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+            else:
+                if response.is_success or response.status_code in allow:
+                    if reported:
+                        log.info("the service answers again")
+                    return response
+                problem = _explain(response)
+                if response.status_code < 500 and response.status_code != 429:
+                    raise Refused(f"{method} {path}: {problem}")
+            if not reported:
+                log.warning("%s at %s; trying again", problem, self.server)
+                reported = True
+            self._stop.wait(random.uniform(wait_s / 2, wait_s))
+            wait_s = min(2 * wait_s, LONGEST_RETRY_S)
+
+
+@contextmanager
+def heartbeat(http: httpx.Client, lease: Lease) -> Iterator[threading.Event]:
+    """Keeps a lease alive while the body runs; the event is set when it was lost."""
+    done = threading.Event()
+    lost = threading.Event()
+
+    def beat() -> None:
+        interval_s = lease.expires_in_s / 4
+        while not done.wait(interval_s):
+            try:
+                response = http.post(f"/leases/{lease.token}/heartbeat")
+            except httpx.TransportError as error:
+                # A service that is away cannot give the lease to anybody else either.
+                log.debug("heartbeat of lease %d: %s", lease.token, error)
+                continue
+            if response.status_code in (404, 409):
+                lost.set()
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield lost
+    finally:
+        done.set()
+        thread.join()
+
+
+def _failed(lease: Lease, cause: Cause, message: str) -> Report:
+    failure = Failure(cause=cause, message=message[:4000])
+    keys = [record.key for record in (*lease.operators, *lease.networks)]
+    return Report(measurements=tuple(Measurement(key=key, failure=failure) for key in keys))
+
+
+def _why(code: int, tail: str) -> tuple[Cause, str]:
+    if "MemoryError" in tail or "bad_alloc" in tail:
+        return "out_of_memory", f"the measuring process ran out of memory; {tail}"
+    if code < 0:
+        return "crashed", f"the measuring process was ended by {signal.Signals(-code).name}; {tail}"
+    return "error", f"the measuring process ended with exit code {code}; {tail}"
+
+
+def _tail(folder: Path) -> str:
+    text = (folder / "log").read_text(errors="replace").strip()
+    return f"its last words: {text[-LOG_TAIL:]}" if text else "it said nothing"
+
+
+def _explain(response: httpx.Response) -> str:
+    try:
+        problem = Problem.model_validate_json(response.content)
+    except ValueError:
+        return f"HTTP {response.status_code}"
+    remedy = f" ({problem.remedy})" if problem.remedy else ""
+    return f"HTTP {response.status_code}: {problem.detail}{remedy}"

@@ -1,0 +1,176 @@
+"""ONNX Runtime on the CPU.
+
+Settings: `graph_optimization` = `all` (default), `extended`, `basic` or `disabled`.
+
+On x86 and Arm this runtime keeps feature maps in a blocked layout between convolutions and inserts nodes
+`ReorderInput` and `ReorderOutput` where an operator wants plain maps. Such a conversion is charged to the operator
+that forces it, the one at its plain end: then an operator's row depends less on its neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from numpy.typing import NDArray
+
+from device_agents import evidence
+from device_agents.backends import Backend, Loaded, NodeTimes, Options, Unsupported
+from lut_db.errors import InvalidInput
+from lut_db.lowering.onnx import node_number, tensor_name, to_onnx
+from lut_db.networks import Network
+from lut_db.targets import Target
+
+OPTIMIZATION = {
+    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+LAYOUT_CONVERSIONS = frozenset({"ReorderInput", "ReorderOutput"})
+KERNEL = "_kernel_time"
+ERRORS_ONLY = 3
+INPUT_SEED = 0
+
+
+def create(options: Options) -> Backend:
+    unknown = sorted(set(options.settings) - {"graph_optimization"})
+    if unknown:
+        raise InvalidInput(f"cpu-onnxruntime has no setting {unknown[0]!r}", field="settings",
+                           remedy="the only one is graph_optimization")  # fmt: skip
+    level = options.settings.get("graph_optimization", "all")
+    if level not in OPTIMIZATION:
+        raise InvalidInput(f"{level!r} is no level", field="settings.graph_optimization",
+                           remedy=f"one of {', '.join(OPTIMIZATION)}")  # fmt: skip
+    return CpuOnnxruntime(options, level)
+
+
+class CpuOnnxruntime:
+    def __init__(self, options: Options, level: str):
+        self.options = options
+        self.level = level
+
+    def target(self) -> Target:
+        return Target(
+            device_model=evidence.cpu_model(),
+            os_build=evidence.os_build(),
+            runtime="onnxruntime",
+            runtime_version=onnxruntime.__version__,
+            threads=self.options.threads,
+            cores=self.options.cores,
+            clock_policy=evidence.clock_policy(),
+            options={"graph_optimization": self.level},
+        )
+
+    def load(self, network: Network, *, profile: bool) -> Loaded:
+        return _Session(network, self.options.threads, self.level, profile)
+
+
+class _Session:
+    def __init__(self, network: Network, threads: int, level: str, profile: bool):
+        self.network = network
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = threads
+        settings.inter_op_num_threads = 1
+        settings.log_severity_level = ERRORS_ONLY
+        settings.graph_optimization_level = OPTIMIZATION[level]
+        self.folder = tempfile.TemporaryDirectory(prefix="onnxruntime-") if profile else None
+        if self.folder is not None:
+            settings.enable_profiling = True
+            settings.profile_file_prefix = os.path.join(self.folder.name, "profile")
+            settings.optimized_model_filepath = os.path.join(self.folder.name, "optimized.onnx")
+        try:
+            self.session = onnxruntime.InferenceSession(
+                to_onnx(network).SerializeToString(), settings, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # the runtime's own exceptions have no common class
+            raise Unsupported(f"ONNX Runtime cannot load the graph: {error}") from error
+        if self.folder is not None:
+            # Only the graph is wanted; the weights would fill the disk.
+            optimized = Path(settings.optimized_model_filepath)
+            self.owners = _owners(onnx.load(optimized).graph, network)
+            optimized.unlink()
+        random = np.random.default_rng(INPUT_SEED)
+        self.binding = self.session.io_binding()
+        for tensor, shape in enumerate(network.inputs):
+            values = random.standard_normal(shape, dtype=np.float32)
+            self.binding.bind_ortvalue_input(tensor_name(tensor), onnxruntime.OrtValue.ortvalue_from_numpy(values))
+        shapes = network.shapes
+        for tensor in network.output_tensors:
+            result = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shapes[tensor], dtype=np.float32))
+            self.binding.bind_ortvalue_output(tensor_name(tensor), result)
+
+    def run(self) -> None:
+        self.session.run_with_iobinding(self.binding)
+
+    def node_times(self) -> NodeTimes:
+        assert self.folder is not None, "loaded without profile=True"
+        path = Path(self.session.end_profiling())
+        events = json.loads(path.read_text())
+        self.folder.cleanup()
+        return _node_times(events, self.owners, len(self.network.nodes))
+
+
+def _owners(graph: onnx.GraphProto, network: Network) -> dict[str, tuple[int, bool]]:
+    """For every node of the optimised graph: the network's node that it is charged to, and whether it is layout.
+
+    Optimised nodes keep the name of a node of the lowering, or are named after the tensor that they now make.
+    """
+    owners: dict[str, tuple[int, bool]] = {}
+    made_by = {output: node.name for node in graph.node for output in node.output}
+    read_by: dict[str, list[str]] = defaultdict(list)
+    conversions = []
+    for node in graph.node:
+        for name in node.input:
+            read_by[name].append(node.name)
+        if node.op_type in LAYOUT_CONVERSIONS:
+            conversions.append(node)
+        else:
+            owners[node.name] = (_owner(node.name, network), False)
+    # Every conversion is charged after all others are known; two in a row do not occur.
+    for node in conversions:
+        producer = owners.get(made_by.get(node.input[0], ""))
+        readers = [owners[name] for name in read_by[node.output[0]] if name in owners]
+        blocked_to_plain = node.op_type == "ReorderOutput"
+        charged = (readers[0] if readers else producer) if blocked_to_plain else (producer or readers[0])
+        if charged is None:
+            raise Unsupported(f"the layout conversion {node.name!r} of the optimised graph belongs to no operator")
+        owners[node.name] = (charged[0], True)
+    return owners
+
+
+def _owner(name: str, network: Network) -> int:
+    number = node_number(name)
+    if number is None and (tensor := re.match(r"t(\d+)(?!\d)", name)):
+        number = int(tensor[1]) - len(network.inputs)
+    if number is None or not 0 <= number < len(network.nodes):
+        raise Unsupported(f"node {name!r} of the optimised graph belongs to no operator of the network")
+    return number
+
+
+def _node_times(events: list[dict], owners: dict[str, tuple[int, bool]], nodes: int) -> NodeTimes:
+    """Adds up the runtime's events, run by run. Durations in the profile are whole microseconds."""
+    runs: list[NDArray[np.float64]] = []
+    current = np.zeros((2, nodes))
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith(KERNEL):
+            name = event["name"].removesuffix(KERNEL)
+            if name not in owners:
+                raise Unsupported(f"the profile names a node {name!r} that the optimised graph does not have")
+            number, layout = owners[name]
+            milliseconds = event["dur"] / 1e3
+            current[0, number] += milliseconds
+            if layout:
+                current[1, number] += milliseconds
+        elif event.get("cat") == "Session" and event["name"] == "model_run":
+            runs.append(current)
+            current = np.zeros((2, nodes))
+    times = np.stack(runs)
+    return NodeTimes(total_ms=times[:, 0], layout_ms=times[:, 1])

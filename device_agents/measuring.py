@@ -1,0 +1,210 @@
+"""From a lease to a report: what to time, in which graphs, and what the times say. Knows no runtime."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from device_agents import evidence
+from device_agents.backends import Backend, Loaded, Unsupported
+from device_agents.packing import pack
+from device_agents.sampling import Timed, half_width, sample, statistic
+from lut_db.canary import canary
+from lut_db.measurements import Cause, Evidence, Failure, Measurement, Samples, Stop
+from lut_db.networks import Network
+from lut_db.plans import Plan
+from lut_db.wire import Lease, Report
+
+CANARY_WARMUP_RUNS = 20
+SIGNIFICANT_DIGITS = 5
+STOPS: tuple[Stop, ...] = ("confident", "settled", "max_runs", "max_seconds")
+"""From the best reason to stop to the worst: a row carries the worst of its graphs."""
+
+
+@dataclass
+class _Graph:
+    """A loaded graph and the node that times each key; no places: the whole graph is what is timed."""
+
+    network: Network
+    loaded: Loaded
+    places: dict[int, str]
+    key: str
+
+
+def measure(backend: Backend, lease: Lease, progress: Callable[[str], None] = lambda text: None) -> Report:
+    """Measures what a lease asks for. Whatever goes wrong with an operator is a failure in the report.
+
+    Results are refused (causes `load` and `drift`) where other processes were too busy, or where the canary says
+    that the device was at another speed than the table's.
+    """
+    keys = [record.key for record in (*lease.operators, *lease.networks)]
+    failures: dict[str, Failure] = {}
+    began = time.perf_counter()
+    reference = backend.load(canary(), profile=False)
+    for _ in range(CANARY_WARMUP_RUNS):
+        reference.run()
+    graphs = _load(backend, lease, failures, progress)
+    progress(f"timing {len(graphs)} graphs")
+    meter = evidence.LoadMeter()
+    timed = sample([graph.loaded.run for graph in graphs], reference.run, lease.plan, lease.token)
+    load = meter.read()
+
+    canaries = np.concatenate([record.canaries_ms for record in timed]) if timed else np.array([np.nan])
+    canary_ms = lease.canary_ms or float(np.median(canaries))
+    slowness = float(np.median(canaries)) / canary_ms
+    samples = _samples(graphs, timed, canary_ms, failures, lease.plan)
+    stops: dict[str, Stop] = {graph.key: record.stop or "max_runs" for graph, record in zip(graphs, timed, strict=True)}
+    measured = {key: _measurement(key, found, stops, lease.plan) for key, found in samples.items()}
+
+    measurements = []
+    refusal = _refusal(load, slowness, lease.plan)
+    for key in keys:
+        if key in failures:
+            measurements.append(Measurement(key=key, failure=failures[key]))
+        elif refusal is not None:
+            measurements.append(Measurement(key=key, failure=refusal))
+        else:
+            measurements.append(measured[key])
+    facts: Evidence = {
+        "cpu_model": evidence.cpu_model(),
+        "os_build": evidence.os_build(),
+        "runtime": f"{lease.target.runtime} {lease.target.runtime_version}",
+        "threads": lease.target.threads,
+        "cores": list(lease.target.cores),
+        "clock_policy": evidence.clock_policy(),
+        "clock_mhz": evidence.clock_mhz(),
+        "load_of_others": round(load.others, 4),
+        "stolen": round(load.stolen, 4),
+        "canary_reference_ms": round(canary_ms, 6),
+        "slowness": round(slowness, 4) if timed else None,
+        "slowness_5_95": [round(float(q) / canary_ms, 4) for q in np.percentile(canaries, (5, 95))] if timed else None,
+        "graphs": len(graphs),
+        "seconds": round(time.perf_counter() - began, 3),
+        "seconds_in_kernels": round(sum(sum(record.times_ms) for record in timed) / 1e3, 3),
+    }
+    drift = _filler_drift(samples, lease)
+    if drift is not None:
+        facts["filler_drift"] = round(drift, 4)
+    return Report(
+        measurements=tuple(measurements), canary_ms=canary_ms if timed and refusal is None else None, evidence=facts
+    )
+
+
+def _load(
+    backend: Backend, lease: Lease, failures: dict[str, Failure], progress: Callable[[str], None]
+) -> list[_Graph]:
+    """Loads every graph of a lease. A graph that does not load fails the operators in it, not the lease."""
+    plan = lease.plan
+    wanted: Iterable[tuple[Network, dict[int, str]]]
+    if plan.context == "in_context":
+        seed = plan.seed + lease.token
+        carriers = pack(lease.operators, lease.fillers, plan.carriers, plan.carrier_length, seed)
+        wanted = [(carrier.network, carrier.places) for carrier in carriers]
+    else:
+        networks = lease.networks or tuple(Network.of(operator) for operator in lease.operators)
+        wanted = [(network, {}) for network in networks for _ in range(plan.carriers)]
+    owners = {Network.of(operator).key: operator.key for operator in lease.operators}
+    graphs = []
+    for number, (network, places) in enumerate(wanted):
+        progress(f"loading graph {number + 1}")
+        key = owners.get(network.key, network.key)
+        try:
+            graphs.append(_Graph(network, backend.load(network, profile=bool(places)), places, key))
+        except Unsupported as error:
+            # In a carrier any of its operators may be at fault: each is tried again alone before it is given up.
+            alone = len(set(places.values())) <= 1
+            failure = Failure(cause="unsupported" if alone else "error", message=str(error)[:4000])
+            failures.update(dict.fromkeys(places.values() if places else [key], failure))
+    gc.collect()
+    return graphs
+
+
+def _samples(
+    graphs: Sequence[_Graph], timed: Sequence[Timed], canary_ms: float, failures: dict[str, Failure], plan: Plan
+) -> dict[str, list[tuple[Samples, str]]]:
+    """The raw samples by key, one entry for each graph in which it was timed, with the graph's key."""
+    found: dict[str, list[tuple[Samples, str]]] = defaultdict(list)
+    for graph, record in zip(graphs, timed, strict=True):
+        slowness = np.array(record.canaries_ms) / canary_ms
+        if not graph.places:
+            found[graph.key].append((_pack_samples(graph, np.array(record.times_ms), slowness, 0.0), graph.key))
+            continue
+        try:
+            times = graph.loaded.node_times()
+        except Unsupported as error:
+            failures.update(dict.fromkeys(graph.places.values(), Failure(cause="error", message=str(error)[:4000])))
+            continue
+        for node, key in graph.places.items():
+            total = times.total_ms[record.runs, node]
+            if not total.any():
+                message = f"the runtime's profile gives no time to this operator in carrier {graph.network.key}"
+                failures[key] = Failure(cause="error", message=message)
+                continue
+            layout_ms = statistic(times.layout_ms[record.runs, node] / slowness, plan.statistic)
+            found[key].append((_pack_samples(graph, total, slowness, layout_ms), graph.key))
+    return found
+
+
+def _pack_samples(
+    graph: _Graph, times_ms: NDArray[np.float64], slowness: NDArray[np.float64], layout_ms: float
+) -> Samples:
+    return Samples(
+        carrier=graph.network.key,
+        samples_ms=tuple(_rounded(times_ms)),
+        slowness=tuple(_rounded(slowness)),
+        layout_ms=layout_ms,
+    )
+
+
+def _rounded(values: NDArray[np.float64]) -> list[float]:
+    return [float(f"{value:.{SIGNIFICANT_DIGITS}g}") for value in values]
+
+
+def _measurement(key: str, found: list[tuple[Samples, str]], stops: dict[str, Stop], plan: Plan) -> Measurement:
+    """The row of an operator or network: the median over its graphs of the statistic at the reference speed."""
+    scaled = [np.array(samples.samples_ms) / np.array(samples.slowness) for samples, _ in found]
+    values = np.array([statistic(times_ms, plan.statistic) for times_ms in scaled])
+    latency_ms = float(np.median(values))
+    return Measurement(
+        key=key,
+        latency_ms=latency_ms,
+        half_width_ms=float(np.median([half_width(times_ms, plan.statistic) for times_ms in scaled])),
+        spread=float(np.abs(values / latency_ms - 1).max()),
+        stop=max((stops[graph] for _, graph in found), key=STOPS.index),
+        samples=tuple(samples for samples, _ in found),
+    )
+
+
+def _refusal(load: evidence.Load, slowness: float, plan: Plan) -> Failure | None:
+    def refused(cause: Cause, message: str) -> Failure:
+        return Failure(cause=cause, message=message)
+
+    if load.others > plan.load_tolerance:
+        return refused(
+            "load",
+            f"other processes used {load.others:.2f} cores while it was measured, more than the plan's "
+            f"load_tolerance of {plan.load_tolerance}: let the machine be quiet",
+        )
+    if not 1 / (1 + plan.drift_tolerance) <= slowness <= 1 + plan.drift_tolerance:
+        return refused(
+            "drift",
+            f"the canary took {slowness:.2f} times its reference, beyond the plan's drift_tolerance of "
+            f"{plan.drift_tolerance}: the device is not at the speed of its table",
+        )
+    return None
+
+
+def _filler_drift(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> float | None:
+    """Median over known operators of measured now / in the table: how far the table has moved."""
+    ratios = []
+    for key, known_ms in lease.known_ms.items():
+        for found, _ in samples.get(key, []):
+            now_ms = statistic(np.array(found.samples_ms) / np.array(found.slowness), lease.plan.statistic)
+            ratios.append(now_ms / known_ms)
+    return float(np.median(ratios)) if ratios else None

@@ -1,0 +1,239 @@
+"""Packs operators into carriers: graphs in which they are timed among neighbours, as in a network. Pure.
+
+Alone in a graph an operator pays for things that a network pays once (layout conversions, cold caches), so
+isolated latencies do not add up. A carrier is a random walk over operators whose shapes fit, which looks like
+a network because the operators of a search do fit each other. Where nothing fits, an *adapter* (a convolution
+1 x 1, as cheap as shapes allow, whose time is thrown away) leads on to an operator that still needs a place.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lut_db.networks import Network, NetworkBuilder
+from lut_db.operators import BaseOperator, Convolution, GlobalPool, Linear, Operator, Shape
+
+MAX_FILLERS_IN_A_ROW = 3
+"""How far a carrier may walk over operators that need no more places, to reach one that does."""
+
+IMAGE_CHANNELS = 8
+"""Channels of a carrier's input: enough for a runtime's blocked layout, so that the first adapter is ordinary."""
+
+
+@dataclass(frozen=True)
+class Carrier:
+    """A graph, and which of its nodes time which operator."""
+
+    network: Network
+    places: dict[int, str]
+    """Key of the operator timed by a node, by the node's number; adapters have none."""
+
+
+def pack(
+    wanted: Sequence[Operator], fillers: Sequence[Operator], carriers: int, length: int, seed: int
+) -> list[Carrier]:
+    """Carriers in which every wanted operator has a place in `carriers` different graphs.
+
+    Each has up to `length` operators beside its adapters. `fillers` are used where they lead on to wanted ones and
+    get places too: what is known of them shows whether the device has drifted.
+    """
+    return _Packer(wanted, fillers, carriers, length, random.Random(seed)).pack()
+
+
+def _main_input(operator: BaseOperator) -> Shape:
+    return operator.inputs[0]
+
+
+class _Packer:
+    def __init__(
+        self, wanted: Sequence[Operator], fillers: Sequence[Operator], carriers: int, length: int, rng: random.Random
+    ):
+        self.need: Counter[str] = Counter({operator.key: carriers for operator in wanted})
+        self.length = length
+        self.rng = rng
+        self.operators: dict[str, Operator] = {o.key: o for o in [*wanted, *fillers]}
+        self.by_input: dict[Shape, list[Operator]] = {}
+        for operator in self.operators.values():
+            self.by_input.setdefault(_main_input(operator), []).append(operator)
+
+    def pack(self) -> list[Carrier]:
+        packed = []
+        while +self.need:
+            packed.append(self._carrier())
+        return packed
+
+    def _carrier(self) -> Carrier:
+        walk = _Walk(self.rng)
+        start = self._start()
+        current = walk.enter(start)
+        operator: Operator | None = start
+        used: set[str] = set()
+        in_a_row = 0
+        while True:
+            if operator is None:
+                adapted = self._adapt(walk, current, used)
+                if adapted is None:
+                    break
+                operator, current = adapted
+            in_a_row = 0 if self.need[operator.key] > 0 else in_a_row + 1
+            used.add(operator.key)
+            self.need[operator.key] -= 1
+            current = walk.place(operator, current)
+            if len(walk.places) >= self.length:
+                break
+            operator = self._fitting(walk, current, used, allow_fillers=in_a_row < MAX_FILLERS_IN_A_ROW)
+        return Carrier(walk.finish(current), walk.places)
+
+    def _needing(self, used: Iterable[str] = ()) -> list[Operator]:
+        used = set(used)
+        return [self.operators[key] for key, places in self.need.items() if places > 0 and key not in used]
+
+    def _start(self) -> Operator:
+        """The largest maps come first, as in a network: from there a walk can reach every smaller one."""
+        needing = self._needing()
+        most = max(needing, key=lambda operator: _size(_main_input(operator)))
+        return self.rng.choice([o for o in needing if _size(_main_input(o)) == _size(_main_input(most))])
+
+    def _fitting(self, walk: _Walk, current: int, used: set[str], allow_fillers: bool) -> Operator | None:
+        """An operator that can read `current`: one that needs a place if there is any, else one that leads to some."""
+        fitting = [
+            operator
+            for operator in self.by_input.get(walk.shape(current), [])
+            if operator.key not in used and walk.can_place(operator, current)
+        ]
+        needing = [operator for operator in fitting if self.need[operator.key] > 0]
+        if needing:
+            return self.rng.choice(needing)
+        if not allow_fillers:
+            return None
+        leading = [
+            operator
+            for operator in fitting
+            if any(self.need[o.key] > 0 and o.key not in used for o in self.by_input.get(operator.output, []))
+        ]
+        return self.rng.choice(leading) if leading else None
+
+    def _adapt(self, walk: _Walk, current: int, used: set[str]) -> tuple[Operator, int] | None:
+        """Leads on by an adapter to an operator that needs a place, the largest map first; None if there is none."""
+        here = walk.shape(current)
+        reachable = [o for o in self._needing(used) if _can_adapt(here, _main_input(o))]
+        largest = max((_size(_main_input(operator)) for operator in reachable), default=0)
+        reachable = [o for o in reachable if _size(_main_input(o)) == largest]
+        self.rng.shuffle(reachable)
+        for operator in reachable:
+            adapted = walk.adapt(current, _main_input(operator))
+            if walk.can_place(operator, adapted):
+                return operator, adapted
+        return None
+
+
+def _size(shape: Shape) -> int:
+    """Height times width; 0 for vectors."""
+    return shape[2] * shape[3] if len(shape) == 4 else 0
+
+
+def _strides(here: Shape, there: Shape) -> tuple[int, int]:
+    """The strides by which a convolution 1 x 1 leads from one size of map to another."""
+    return (-(-here[2] // there[2]), -(-here[3] // there[3]))
+
+
+def _can_adapt(here: Shape, there: Shape) -> bool:
+    if here[0] != there[0] or len(there) > len(here):
+        return False
+    if len(there) == 2:
+        return True
+    if here[2] < there[2] or here[3] < there[3]:
+        return False
+    strides = _strides(here, there)
+    return all((size - 1) // stride + 1 == out for size, stride, out in zip(here[2:], strides, there[2:], strict=True))
+
+
+class _Walk:
+    """A carrier under construction."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.build = NetworkBuilder()
+        self.rng = rng
+        self.places: dict[int, str] = {}
+        self.tensors: dict[Shape, list[int]] = {}
+        self.read: set[int] = set()
+        self.inputs = 0
+
+    def shape(self, tensor: int) -> Shape:
+        return self.build.shape(tensor)
+
+    def enter(self, operator: Operator) -> int:
+        """The carrier's inputs, adapted to those of its first operator; returns the first of them."""
+        self.inputs = len(operator.inputs)
+        images = [
+            self.build.input((shape[0], IMAGE_CHANNELS, *shape[2:]) if len(shape) == 4 else shape)
+            for shape in operator.inputs
+        ]
+        adapted = [self.adapt(image, shape) for image, shape in zip(images, operator.inputs, strict=True)]
+        return adapted[0]
+
+    def _keep(self, tensor: int) -> int:
+        self.tensors.setdefault(self.shape(tensor), []).append(tensor)
+        return tensor
+
+    def adapt(self, tensor: int, shape: Shape) -> int:
+        """Leads from a tensor to a shape by adapters."""
+        here = self.shape(tensor)
+        if len(here) == 4 and len(shape) == 2:
+            tensor = self._add(GlobalPool(input=here), tensor)
+            here = self.shape(tensor)
+            if here == shape:
+                return self._keep(tensor)
+        if len(shape) == 2:
+            return self._keep(self._add(Linear(input=here, features=shape[1]), tensor))
+        adapter = Convolution(input=here, filters=shape[1], kernel=(1, 1), stride=_strides(here, shape))
+        return self._keep(self._add(adapter, tensor))
+
+    def _add(self, operator: Operator, *inputs: int) -> int:
+        self.read.update(inputs)
+        return self.build.add(operator, *inputs)
+
+    def _second_input(self, operator: Operator, current: int) -> int | None:
+        """A tensor other than `current` for the second input: the latest that fits, as a block's shortcut is."""
+        wanted = operator.inputs[1]
+        return next((t for t in reversed(self.tensors.get(wanted, [])) if t != current), None)
+
+    def _origin(self, operator: Operator) -> int | None:
+        """A tensor from which an adapter can make the second input: the smallest map, then the narrowest."""
+        origins = [shape for shape in self.tensors if _can_adapt(shape, operator.inputs[1])]
+        return self.tensors[min(origins, key=lambda shape: (_size(shape), shape[1]))][-1] if origins else None
+
+    def can_place(self, operator: Operator, current: int) -> bool:
+        return (
+            len(operator.inputs) == 1
+            or self._second_input(operator, current) is not None
+            or self._origin(operator) is not None
+        )
+
+    def place(self, operator: Operator, current: int) -> int:
+        inputs = [current]
+        if len(operator.inputs) == 2:
+            second = self._second_input(operator, current)
+            if second is None:
+                origin = self._origin(operator)
+                assert origin is not None, "can_place was not asked"
+                second = self.adapt(origin, operator.inputs[1])
+            inputs.append(second)
+        tensor = self._add(operator, *inputs)
+        self.places[len(self.build) - 1] = operator.key
+        return self._keep(tensor)
+
+    def finish(self, current: int) -> Network:
+        """Ends with an adapter behind the last operator, and returns every tensor that nothing reads."""
+        shape = self.shape(current)
+        last = self._add(
+            Linear(input=shape, features=8)
+            if len(shape) == 2
+            else Convolution(input=shape, filters=IMAGE_CHANNELS, kernel=(1, 1)),
+            current,
+        )
+        unread = [tensor for tensor in range(self.inputs, last) if tensor not in self.read]
+        return self.build.network(*unread, last)
