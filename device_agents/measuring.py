@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_agents import evidence
-from device_agents.backends import Backend, Loaded, Unsupported
+from device_agents.backends import Backend, Loaded, NodeTimes, Unsupported
 from device_agents.packing import pack
 from device_agents.sampling import Timed, half_width, sample, statistic
 from lut_db.canary import canary
@@ -22,6 +22,7 @@ from lut_db.plans import Plan
 from lut_db.wire import Lease, Report
 
 CANARY_WARMUP_RUNS = 20
+TWINS = 6
 SIGNIFICANT_DIGITS = 5
 STOPS: tuple[Stop, ...] = ("confident", "settled", "max_runs", "max_seconds")
 """From the best reason to stop to the worst: a row carries the worst of its graphs."""
@@ -50,15 +51,29 @@ def measure(backend: Backend, lease: Lease, progress: Callable[[str], None] = la
     for _ in range(CANARY_WARMUP_RUNS):
         reference.run()
     graphs = _load(backend, lease, failures, progress)
+    # Profiled carriers have a twin without a profiler, which shows what profiling itself costs.
+    profiled = [graph for graph in graphs if graph.places]
+    twins = sorted(profiled, key=lambda graph: len(graph.network.nodes), reverse=True)[:TWINS]
+    plain = [backend.load(graph.network, profile=False) for graph in twins]
     progress(f"timing {len(graphs)} graphs")
     meter = evidence.LoadMeter()
-    timed = sample([graph.loaded.run for graph in graphs], reference.run, lease.plan, lease.token)
+    everything = sample(
+        [*(graph.loaded.run for graph in graphs), *(loaded.run for loaded in plain)],
+        reference.run, lease.plan, lease.token,
+    )  # fmt: skip
     load = meter.read()
 
+    timed = everything[: len(graphs)]
     canaries = np.concatenate([record.canaries_ms for record in timed]) if timed else np.array([np.nan])
     canary_ms = lease.canary_ms or float(np.median(canaries))
     slowness = float(np.median(canaries)) / canary_ms
-    samples = _samples(graphs, timed, canary_ms, failures, lease.plan)
+    profiles = _profiles(graphs, failures)
+    overhead = _profiler_cost(
+        [(profiles[id(graph)], timed[graphs.index(graph)], twin)
+         for graph, twin in zip(twins, everything[len(graphs) :], strict=True) if id(graph) in profiles],
+        lease.plan,
+    )  # fmt: skip
+    samples = _samples(graphs, timed, profiles, canary_ms, overhead, failures, lease.plan)
     stops: dict[str, Stop] = {graph.key: record.stop or "max_runs" for graph, record in zip(graphs, timed, strict=True)}
     measured = {key: _measurement(key, found, stops, lease.plan) for key, found in samples.items()}
 
@@ -84,6 +99,7 @@ def measure(backend: Backend, lease: Lease, progress: Callable[[str], None] = la
         "canary_reference_ms": round(canary_ms, 6),
         "slowness": round(slowness, 4) if timed else None,
         "slowness_5_95": [round(float(q) / canary_ms, 4) for q in np.percentile(canaries, (5, 95))] if timed else None,
+        "profiler_cost_us": round(overhead * canary_ms * 1e3, 4),
         "graphs": len(graphs),
         "seconds": round(time.perf_counter() - began, 3),
         "seconds_in_kernels": round(sum(sum(record.times_ms) for record in timed) / 1e3, 3),
@@ -125,40 +141,70 @@ def _load(
     return graphs
 
 
+def _profiles(graphs: Sequence[_Graph], failures: dict[str, Failure]) -> dict[int, NodeTimes]:
+    """The profile of every carrier, by the identity of the graph. One that cannot be read fails its operators."""
+    profiles = {}
+    for graph in graphs:
+        if not graph.places:
+            continue
+        try:
+            profiles[id(graph)] = graph.loaded.node_times()
+        except Unsupported as error:
+            failures.update(dict.fromkeys(graph.places.values(), Failure(cause="error", message=str(error)[:4000])))
+    return profiles
+
+
+def _profiler_cost(twins: Sequence[tuple[NodeTimes, Timed, Timed]], plan: Plan) -> float:
+    """What one entry of a profile costs, in units of the canary, less what a runtime spends between two nodes.
+
+    A profiler's entries include some of its own work, a whole run has work that no entry shows. Both go with the
+    number of entries, so the difference between a profile's sum and the same graph's latency without a profiler,
+    divided by the entries, makes profiles add up to latencies.
+    """
+    excess = entries = 0.0
+    for profile, timed, twin in twins:
+        profiled = profile.total_ms[timed.runs].sum(axis=1) / np.array(timed.canaries_ms)
+        excess += statistic(profiled, plan.statistic) - statistic(twin.ratios, plan.statistic)
+        entries += float(profile.events.sum())
+    return excess / entries if entries else 0.0
+
+
 def _samples(
-    graphs: Sequence[_Graph], timed: Sequence[Timed], canary_ms: float, failures: dict[str, Failure], plan: Plan
-) -> dict[str, list[tuple[Samples, str]]]:
+    graphs: Sequence[_Graph], timed: Sequence[Timed], profiles: dict[int, NodeTimes], canary_ms: float,
+    overhead: float, failures: dict[str, Failure], plan: Plan,
+) -> dict[str, list[tuple[Samples, str]]]:  # fmt: skip
     """The raw samples by key, one entry for each graph in which it was timed, with the graph's key."""
     found: dict[str, list[tuple[Samples, str]]] = defaultdict(list)
     for graph, record in zip(graphs, timed, strict=True):
         slowness = np.array(record.canaries_ms) / canary_ms
         if not graph.places:
-            found[graph.key].append((_pack_samples(graph, np.array(record.times_ms), slowness, 0.0), graph.key))
+            found[graph.key].append((_pack_samples(graph, np.array(record.times_ms), slowness), graph.key))
             continue
-        try:
-            times = graph.loaded.node_times()
-        except Unsupported as error:
-            failures.update(dict.fromkeys(graph.places.values(), Failure(cause="error", message=str(error)[:4000])))
+        if id(graph) not in profiles:
             continue
+        times = profiles[id(graph)]
         for node, key in graph.places.items():
             total = times.total_ms[record.runs, node]
             if not total.any():
                 message = f"the runtime's profile gives no time to this operator in carrier {graph.network.key}"
                 failures[key] = Failure(cause="error", message=message)
                 continue
+            profiling_ms = float(times.events[node]) * overhead * canary_ms
             layout_ms = statistic(times.layout_ms[record.runs, node] / slowness, plan.statistic)
-            found[key].append((_pack_samples(graph, total, slowness, layout_ms), graph.key))
+            found[key].append((_pack_samples(graph, total, slowness, layout_ms, profiling_ms), graph.key))
     return found
 
 
 def _pack_samples(
-    graph: _Graph, times_ms: NDArray[np.float64], slowness: NDArray[np.float64], layout_ms: float
-) -> Samples:
+    graph: _Graph, times_ms: NDArray[np.float64], slowness: NDArray[np.float64], layout_ms: float = 0.0,
+    profiling_ms: float = 0.0,
+) -> Samples:  # fmt: skip
     return Samples(
         carrier=graph.network.key,
         samples_ms=tuple(_rounded(times_ms)),
         slowness=tuple(_rounded(slowness)),
         layout_ms=layout_ms,
+        profiling_ms=profiling_ms,
     )
 
 
@@ -166,10 +212,17 @@ def _rounded(values: NDArray[np.float64]) -> list[float]:
     return [float(f"{value:.{SIGNIFICANT_DIGITS}g}") for value in values]
 
 
+def _value(samples: Samples, plan: Plan) -> float:
+    """The statistic at the reference speed, less what profiling cost; an operator is never faster than a tenth of
+    what was read, as where the timer's ticks are coarser than the operator."""
+    read_ms = statistic(np.array(samples.samples_ms) / np.array(samples.slowness), plan.statistic)
+    return max(read_ms - samples.profiling_ms, read_ms / 10)
+
+
 def _measurement(key: str, found: list[tuple[Samples, str]], stops: dict[str, Stop], plan: Plan) -> Measurement:
     """The row of an operator or network: the median over its graphs of the statistic at the reference speed."""
     scaled = [np.array(samples.samples_ms) / np.array(samples.slowness) for samples, _ in found]
-    values = np.array([statistic(times_ms, plan.statistic) for times_ms in scaled])
+    values = np.array([_value(samples, plan) for samples, _ in found])
     latency_ms = float(np.median(values))
     return Measurement(
         key=key,
@@ -205,6 +258,5 @@ def _filler_drift(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -
     ratios = []
     for key, known_ms in lease.known_ms.items():
         for found, _ in samples.get(key, []):
-            now_ms = statistic(np.array(found.samples_ms) / np.array(found.slowness), lease.plan.statistic)
-            ratios.append(now_ms / known_ms)
+            ratios.append(_value(found, lease.plan) / known_ms)
     return float(np.median(ratios)) if ratios else None

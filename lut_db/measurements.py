@@ -47,13 +47,15 @@ class Samples(Value):
 
     `carrier` is the key of the graph. `slowness[i]` is the canary's latency around run `i` as a multiple of its
     reference: `samples_ms[i] / slowness[i]` is the latency at the reference speed. `layout_ms` is the part of the
-    statistic that went to layout conversions charged to this operator.
+    statistic that went to layout conversions charged to this operator; `profiling_ms` is what the runtime's profiler
+    adds to it (negative where a runtime's work between nodes outweighs that), and is taken off.
     """
 
     carrier: str
     samples_ms: tuple[float, ...] = Field(min_length=1)
     slowness: tuple[float, ...] = Field(min_length=1)
     layout_ms: float = Field(default=0.0, ge=0)
+    profiling_ms: float = Field(default=0.0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Samples:

@@ -41,7 +41,7 @@ class Plan(Record):
     min_runs: Annotated[int, Field(ge=1, le=100_000)] = 30
     max_runs: Annotated[int, Field(ge=1, le=100_000)] = 60
     max_seconds: Annotated[float, Field(gt=0, le=3600)] = 20.0
-    relative_half_width: Annotated[float, Field(gt=0, lt=1)] = 0.005
+    relative_half_width: Annotated[float, Field(gt=0, lt=1)] = 0.01
     statistic: Literal["median", "interquartile_mean"] = "interquartile_mean"
     load_tolerance: Annotated[float, Field(gt=0)] = 0.3
     drift_tolerance: Annotated[float, Field(gt=0)] = 0.6

@@ -36,11 +36,13 @@ class Options:
 class NodeTimes:
     """What a runtime's own profiler says, a row for each run and a column for each node of the network.
 
-    `total_ms` includes `layout_ms`: layout conversions charged to the node.
+    `total_ms` includes `layout_ms`: layout conversions charged to the node. `events[node]` counts the entries of the
+    profile that were added up for a node in one run: each carries the profiler's own cost.
     """
 
     total_ms: NDArray[np.float64]
     layout_ms: NDArray[np.float64]
+    events: NDArray[np.int64]
 
 
 class Loaded(Protocol):

@@ -173,4 +173,5 @@ def _node_times(events: list[dict], owners: dict[str, tuple[int, bool]], nodes: 
             runs.append(current)
             current = np.zeros((2, nodes))
     times = np.stack(runs)
-    return NodeTimes(total_ms=times[:, 0], layout_ms=times[:, 1])
+    events_by_node = np.bincount([number for number, _ in owners.values()], minlength=nodes)
+    return NodeTimes(total_ms=times[:, 0], layout_ms=times[:, 1], events=events_by_node)
