@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -166,6 +167,8 @@ class ProfilerClient:
         self.base_url = str(url).rstrip("/")
         self.counters = Counters()
         self.progress = progress
+        self.waited_s = 0.0
+        """Seconds spent waiting for measurements, all in all."""
         self._patience_s = patience_s
         self._service_patience_s = service_patience_s
         self._poll_s = poll_s
@@ -259,6 +262,12 @@ class ProfilerClient:
         for some in _chunks(list(lacking), OPERATORS_PER_REQUEST):
             answer = self._lookup({key: lacking[key] for key in some}, wait_s=0.0)
             pending.update({key: lacking[key] for key in self._keep(some, answer)})
+        if pending:
+            with self._waiting():
+                self._await(pending)
+
+    def _await(self, pending: dict[str, Operator]) -> None:
+        """Reads the rows of these operators until none is pending."""
         total = len(pending)
         patience = _Patience(self._patience_s)
         while pending:
@@ -334,12 +343,14 @@ class ProfilerClient:
         """
         target = target or self.pin.target
         rows: list[OperatorRow] = []
-        for some in _chunks(list(networks), NETWORKS_PER_REQUEST):
-            rows += self._measure(some, plan, target)
+        with self._waiting():
+            for some in _chunks(list(networks), NETWORKS_PER_REQUEST):
+                rows += self._measure(some, plan, target)
         self.counters.whole_networks += len(networks)
         return rows
 
     def _measure(self, networks: list[Network], plan: Plan, target: str) -> tuple[OperatorRow, ...]:
+        """One request's worth of whole networks."""
         path = f"{API}/targets/{target}/networks"
         patience = _Patience(self._patience_s)
         unmeasured: int | None = None
@@ -372,6 +383,10 @@ class ProfilerClient:
         Raises ServiceFault with the reason where no correction could be fitted.
         """
         request = CalibrationRequest(plan=self.pin.plan, whole=whole, networks=tuple(networks))
+        with self._waiting():
+            return self._calibrate(request)
+
+    def _calibrate(self, request: CalibrationRequest) -> Calibration:
         answer = self._post(f"{API}/targets/{self.pin.target}/calibrations", request, Calibration)
         total = max(answer.pending, 1)
         patience = _Patience(self._patience_s)
@@ -397,6 +412,14 @@ class ProfilerClient:
             return self._http.get("/readyz", timeout=5.0).status_code == 200
         except httpx.TransportError:
             return False
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.waited_s += time.monotonic() - begin
 
     def _tell(self, waiting: Waiting) -> None:
         if self.progress is not None:

@@ -134,7 +134,7 @@ def draw_trade_off(axes: Axes, result: Result) -> None:
     for entry, label, color in ((trajectory[0], "initial", INK), (trajectory[-1], "discovered", GREEN)):
         axes.scatter([entry["cost"]], [100 * entry["quality"]], s=60, color=color, zorder=4, label=label)
     axes.set_xlabel(f"{result['metric']['name']} ({unit})")
-    axes.set_ylabel("accuracy on held-out images (%), super-network weights")
+    axes.set_ylabel("held-out accuracy, super-network (%)")
     axes.margins(0.06, 0.1)
     axes.legend(loc="lower right", fontsize=8.5)
 
@@ -295,7 +295,7 @@ def html(result: Result) -> str:
     if _has_latency(result):
         sections.append(_picture_section(
             "Time", "What each of the three steps took. While the device measures, nothing else runs here.",
-            draw_time, result, (11.4, 1.9),
+            draw_time, result, (11.4, 2.1),
         ))  # fmt: skip
         sections.append(_service_section(result))
     sections.append(_architecture_section(result))
@@ -358,7 +358,7 @@ def _cards(result: Result) -> str:
         share = discovered["latency_ms"] / initial["latency_ms"]
         cards.append((
             "measured latency", number(discovered["latency_ms"], "ms"),
-            f"initial {number(initial['latency_ms'], 'ms')}, now {percent(share)} of it",
+            f"{percent(share)} of the initial {number(initial['latency_ms'], 'ms')}",
         ))  # fmt: skip
         error = prediction_error(discovered)
         cards.append((

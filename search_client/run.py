@@ -309,7 +309,6 @@ class _Search:
         self.reporter = reporter
         self.client: ProfilerClient | None = None
         self.target: Target | None = None
-        self._waited_s = 0.0
         self._qualities: dict[str, float] = {}
         self._costed: dict[str, float | None] = {}
         self._counted: dict[str, int] = dict(folder.facts["counters"])
@@ -368,13 +367,9 @@ class _Search:
 
         return tell
 
-    @contextmanager
-    def _waiting(self) -> Iterator[None]:
-        begin = time.monotonic()
-        try:
-            yield
-        finally:
-            self._waited_s += time.monotonic() - begin
+    @property
+    def _waited_s(self) -> float:
+        return self.client.waited_s if self.client is not None else 0.0
 
     def _service(self) -> ProfilerClient:
         if self.client is None:
@@ -453,8 +448,7 @@ class _Search:
         client, count = self._service(), self.recipe.calibration.networks
         if count and client.correction is None:
             drawn = calibration_architectures(self.description, count, self.recipe.seed)
-            with self._waiting():
-                fitted = client.calibrate([self.description.network(one) for one in drawn], self.recipe.latency.whole)
+            fitted = client.calibrate([self.description.network(one) for one in drawn], self.recipe.latency.whole)
             self._tell_calibration(fitted)
         self.folder.facts["calibrated"] = True
         self._save()
@@ -525,8 +519,7 @@ class _Search:
             except InvalidInput:  # it leaves a layer without channels: no network, no cost
                 self._costed[one.key] = None
         if found:
-            with self._waiting() if self.metric.needs_service else contextlib.nullcontext():
-                costs = self.metric.costs(list(found.values()), self.client)
+            costs = self.metric.costs(list(found.values()), self.client)
             self._costed.update(zip(found, costs, strict=True))
         return [self._costed[one.key] for one in architectures]
 
@@ -534,10 +527,9 @@ class _Search:
         """Whole networks on the device; nothing where no device is asked."""
         if not self.metric.needs_service:
             return []
-        with self._waiting():
-            rows = self._service().measure_networks(
-                [self.description.network(one) for one in architectures], self.recipe.latency.whole
-            )
+        rows = self._service().measure_networks(
+            [self.description.network(one) for one in architectures], self.recipe.latency.whole
+        )
         for row in rows:
             if row.status is not Status.MEASURED:
                 raise NetworkNotMeasured(

@@ -70,6 +70,8 @@ class Table:
     definitions: int = 0
     calibrations: int = 0
     whole: set[str] = field(default_factory=set)
+    pins: set[int] = field(default_factory=set)
+    """Pins that outlive the client that opened them."""
 
     def row(self, key: str) -> OperatorRow:
         if self.known[key].kind in self.failing:
@@ -121,6 +123,9 @@ def make_app(table: Table) -> FastAPI:
 
     @app.get("/v1/pins/{number}")
     def get_pin(number: int) -> Response:
+        if number in table.pins:
+            pin = Pin(id=number, target=TARGET.key, plan=IN_CONTEXT, correction=CORRECTION)
+            return JSONResponse(pin.model_dump(mode="json"))
         problem = {"title": "Not Found", "status": 404, "detail": f"no pin {number}", "field": "pin"}
         return JSONResponse(problem, 404, media_type="application/problem+json")
 
