@@ -1,0 +1,167 @@
+"""Do the tables add up? Estimates of whole networks beside their measurements, through the whole system.
+
+Random networks are asked for over HTTP from a service with an empty table and an agent of this machine: their
+operators are measured as they are missing, in context and isolated; a correction is fitted on other networks; then
+each network is measured whole, twice, in fresh sessions, which shows how well the truth itself is known.
+
+Families: `sub-networks` of the MobileNetV3 super-network (channel-level bypass, residuals of unequal width,
+squeeze-and-excite, hard-swish) and `plain chains` of convolutions with ReLU. No network of the test is used for
+the correction.
+"""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from harness import Figures, arguments, show, write
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
+
+from lut_db.networks import Network, NetworkBuilder
+from lut_db.operators import Convolution, GlobalPool, Linear, same_padding
+from lut_db.plans import IN_CONTEXT, WHOLE, Plan
+from search_client import networks
+from search_client.client import ProfilerClient
+from search_client.embedded import EmbeddedService
+
+SIZES = (224, 112)
+TEST_NETWORKS = 40
+CALIBRATION_NETWORKS = 24
+QUICK = (112,), 10, 8
+ISOLATED = Plan(context="isolated", carriers=1)
+FORMATS = {
+    "ratio": "{:.3f}", "rank": "{:.4f}", "mean_error": "{:.2%}", "max_error": "{:.2%}",
+    "within_2.5%": "{:.1%}", "within_5%": "{:.1%}", "within_10%": "{:.1%}",
+}  # fmt: skip
+# Widths and strides of MobileNetV1's separable blocks.
+CHAIN = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
+CHAIN_STEM = 32
+WIDTHS = 8
+
+
+def sub_networks(size: int, count: int, seed: int) -> list[Network]:
+    """Sub-networks with every width and kernel drawn evenly from its grid."""
+    description = networks.load("mobilenet_v3", image_size=size)
+    rng = random.Random(f"sub-networks {seed}")
+    found: dict[str, Network] = {}
+    while len(found) < count:
+        architecture = description.space.full
+        for number, layer in enumerate(description.space.layers):
+            smallest = 1 if number == 0 else 0  # a removed stem leaves no network worth the name
+            architecture = architecture.with_width(number, rng.choice(layer.widths[smallest:]))
+            architecture = architecture.with_kernel(number, rng.choice(layer.kernels))
+        network = description.network(description.canonical(architecture))
+        found[network.key] = network
+    return list(found.values())
+
+
+def plain_chains(size: int, count: int, seed: int) -> list[Network]:
+    """MobileNetV1-like chains of random widths and kernels, without any branch."""
+    rng = random.Random(f"plain chains {seed}")
+    found: dict[str, Network] = {}
+    while len(found) < count:
+        build = NetworkBuilder()
+        tensor = build.input((1, 3, size, size))
+
+        def add(filters: int, kernel: int, stride: int, groups: int = 1, build: NetworkBuilder = build) -> None:
+            nonlocal tensor
+            operator = Convolution(
+                input=build.shape(tensor), filters=filters, kernel=(kernel, kernel), stride=(stride, stride),
+                padding=same_padding(kernel), groups=groups, activation="relu",
+            )  # fmt: skip
+            tensor = build.add(operator, tensor)
+
+        def width(full: int) -> int:
+            return full * rng.randint(1, WIDTHS) // WIDTHS
+
+        add(width(CHAIN_STEM), 3, 2)
+        for filters, stride in CHAIN:
+            channels = build.shape(tensor)[1]
+            add(channels, rng.choice((3, 5)), stride, channels)
+            add(width(filters), 1, 1)
+        tensor = build.add(GlobalPool(input=build.shape(tensor)), tensor)
+        build.add(Linear(input=build.shape(tensor), features=1000), tensor)
+        network = build.network()
+        found[network.key] = network
+    return list(found.values())
+
+
+FAMILIES: dict[str, Callable[[int, int, int], list[Network]]] = {
+    "plain chains": plain_chains,
+    "sub-networks": sub_networks,
+}
+
+
+def compare(estimated: Sequence[float], measured: NDArray[np.float64]) -> dict[str, float]:
+    errors = np.abs(np.array(estimated) / measured - 1)
+    return {
+        "ratio": float(np.sum(estimated) / measured.sum()),
+        "rank": float(spearmanr(estimated, measured).statistic),
+        "mean_error": float(errors.mean()),
+        "max_error": float(errors.max()),
+        "within_2.5%": float((errors <= 0.025).mean()),
+        "within_5%": float((errors <= 0.05).mean()),
+        "within_10%": float((errors <= 0.10).mean()),
+    }
+
+
+def latencies(client: ProfilerClient, asked: Sequence[Network], plan: Plan) -> NDArray[np.float64]:
+    rows = client.measure_networks(asked, plan)
+    for row in rows:
+        if row.latency_ms is None:
+            raise SystemExit(f"a whole network was not measured: {row.message}")
+    return np.array([row.latency_ms for row in rows])
+
+
+def run(family: str, size: int, tests: int, calibrations: int, folder: Path, tolerance: float) -> Figures:
+    draw = FAMILIES[family]
+    asked = draw(size, tests + calibrations, 0)
+    test, calibration = asked[:tests], asked[tests:]
+    figures: Figures = {}
+    case = f"{family}, {size} px"
+    noise = {"load_tolerance": tolerance}
+    whole = WHOLE.model_copy(update=noise)
+    with (
+        EmbeddedService(str(folder / f"{case}.sqlite"), folder) as service,
+        ProfilerClient(service.url, patience_s=1800) as client,
+    ):
+        for context, plan in (("in context", IN_CONTEXT), ("isolated", ISOLATED)):
+            client.open_pin(service.target, plan.model_copy(update=noise))
+            client.calibrate(calibration, whole)
+            estimates = client.estimates(test)
+            measured = latencies(client, test, whole)
+            plain = [estimate.sum_ms or 0.0 for estimate in estimates]
+            corrected = [estimate.latency_ms or 0.0 for estimate in estimates]
+            figures[f"{case}: {context}, plain sum"] = compare(plain, measured)
+            figures[f"{case}: {context}, corrected"] = compare(corrected, measured)
+        again = latencies(client, test, whole.model_copy(update={"seed": 1}))
+        figures[f"{case}: measured again"] = compare(list(again), measured)
+    return figures
+
+
+def main() -> None:
+    options = arguments(
+        (__doc__ or "").split("\n")[0],
+        [
+            ("--family", {"choices": list(FAMILIES), "help": "only this family"}),
+            ("--size", {"type": int, "help": "only images of this size"}),
+            ("--load-tolerance", {"type": float, "default": IN_CONTEXT.load_tolerance, "metavar": "CORES"}),
+        ],
+    )
+    sizes, tests, calibrations = QUICK if options.quick else (SIZES, TEST_NETWORKS, CALIBRATION_NETWORKS)
+    figures: Figures = {}
+    for family in [options.family] if options.family else FAMILIES:
+        for size in [options.size] if options.size else sizes:
+            with tempfile.TemporaryDirectory(prefix="fidelity-") as folder:
+                found = run(family, size, tests, calibrations, Path(folder), options.load_tolerance)
+            show(f"{family}, {size} pixels: {tests} networks, correction from {calibrations} others", found, FORMATS)
+            figures.update(found)
+    write(options.json, figures)
+
+
+if __name__ == "__main__":
+    main()
