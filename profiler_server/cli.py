@@ -22,6 +22,9 @@ from profiler_server.settings import Settings
 GRACE_S = 10
 """How long requests may take to end once the server stops."""
 
+BACKLOG = 2048
+"""Connections that wait to be accepted."""
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -56,6 +59,7 @@ def make_server(settings: Settings, host: str = "127.0.0.1", port: int = 0) -> t
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen(BACKLOG)  # whoever connects from now on is served as soon as the start is over
     except OSError:
         listener.close()
         raise

@@ -1,0 +1,66 @@
+"""What a lease holds and what becomes of its measurements: pure functions."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lut_db.measurements import REFUSALS, TRANSIENT, Failure
+from lut_db.operators import Convolution, Linear
+from lut_db.plans import WHOLE, Plan
+from profiler_server.scheduling import MAX_ATTEMPTS, MAX_NETWORKS, choose_fillers, fate, filler_count, lease_size
+
+channels = st.integers(1, 6)
+convolutions = st.builds(
+    lambda inputs, filters: Convolution(input=(1, inputs, 8, 8), filters=filters, kernel=(1, 1)), channels, channels
+)
+
+
+def test_suspects_go_out_in_ever_smaller_company() -> None:
+    assert [lease_size(Plan(), 128, attempts) for attempts in range(MAX_ATTEMPTS)] == [128, 16, 1]
+    assert lease_size(WHOLE, 128, 0) == MAX_NETWORKS
+    assert lease_size(Plan(), 1, 1) == 1
+
+
+@given(st.sampled_from(sorted(TRANSIENT)), st.integers(0, 10))
+def test_fate_of_a_failure(cause, attempts: int) -> None:
+    decided = fate(Failure(cause=cause, message=""), attempts)
+    if cause in REFUSALS:
+        assert (decided.record, decided.attempts, decided.pause) == (False, 0, True)
+    else:
+        assert decided.record == (attempts + 1 >= MAX_ATTEMPTS)
+
+
+def test_what_is_unsupported_is_not_tried_again() -> None:
+    assert fate(Failure(cause="unsupported", message=""), 0).record
+
+
+def test_only_carriers_are_filled_up() -> None:
+    assert filler_count(Plan(carrier_length=40), 30) == 50
+    assert filler_count(Plan(carrier_length=40), 100) == 0
+    assert filler_count(Plan(context="isolated"), 1) == filler_count(WHOLE, 1) == 0
+
+
+@given(
+    st.lists(convolutions, max_size=5), st.lists(convolutions, max_size=20), st.integers(0, 25), st.integers(0, 2**63)
+)
+def test_fillers_are_distinct_repeatable_and_as_many_as_there_are(wanted, known, count: int, seed: int) -> None:
+    chosen = choose_fillers(wanted, known, count, seed)
+    assert chosen == choose_fillers(wanted, known, count, seed)
+    assert len(chosen) == len(set(chosen)) == min(count, len(known))
+    assert all(0 <= index < len(known) for index in chosen)
+
+
+def test_neighbours_come_before_strangers() -> None:
+    def conv(inputs: int, filters: int) -> Convolution:
+        return Convolution(input=(1, inputs, 8, 8), filters=filters, kernel=(1, 1))
+
+    wanted = [conv(3, 4)]
+    strangers = [Linear(input=(1, width), features=7) for width in range(10, 20)]
+    known = [*strangers, conv(5, 6), conv(4, 5), conv(2, 3)]
+    for seed in range(20):
+        chosen = choose_fillers(wanted, known, 4, seed)
+        assert set(chosen[:2]) == {11, 12}  # reads what is made, makes what is read
+        assert chosen[2] == 10  # two steps away
+        assert chosen[3] < 10
+    assert len({tuple(choose_fillers(wanted, known, 6, seed)) for seed in range(20)}) > 1

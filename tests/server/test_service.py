@@ -1,0 +1,606 @@
+"""The service over HTTP: devices, leases, reports, lookups, pins, networks, calibrations. Real servers throughout."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+from sqlalchemy import event, text
+from tables_kit import PLAN, TARGET, WHOLE_PLAN, chain, conv, convs, failed, make_device, make_target, measured
+
+from lut_db.estimates import Correction, Fit
+from lut_db.measurements import Measurement, Status
+from lut_db.operators import Operator
+from lut_db.storage import models as m
+from lut_db.storage import queries
+from lut_db.wire import Calibration, DeviceState, Lease, Lookup, NetworksAnswer, Page, Pin, ReportOutcome, RowDetail
+
+FIT = Fit(
+    networks=9, mean_error=0.01, max_error=0.02, within_5_percent=1, within_10_percent=1, rank_correlation=1
+)  # fmt: skip
+
+
+class Lab:
+    """What a search and an agent ask of a server, and nothing of its inside."""
+
+    def __init__(self, client: httpx.Client):
+        self.client = client
+
+    def register(self, name: str = "bench", *targets: Any) -> None:
+        device = make_device(name, *targets)
+        answer = self.client.put(f"/v1/devices/{name}", json=device.model_dump(mode="json"))
+        assert answer.status_code == 200, answer.text
+
+    def pin(self, plan: Any = PLAN) -> Pin:
+        answer = self.client.post("/v1/pins", json={"target": TARGET.key, "plan": plan.model_dump(mode="json")})
+        assert answer.status_code == 201, answer.text
+        return Pin.model_validate(answer.json())
+
+    def lookup(self, pin: int, operators: dict[str, Operator], *, wait_s: float = 0.0, path: str = "pins") -> Lookup:
+        """Each operator as a network of its own, and all of them as one."""
+        body = {
+            "operators": {key: operator.model_dump(mode="json") for key, operator in operators.items()},
+            "networks": [*([key] for key in operators), list(operators)],
+            "wait_s": wait_s,
+        }
+        answer = self.client.post(f"/v1/{path}/{pin}/lookup", json=body)
+        assert answer.status_code == 200, answer.text
+        return Lookup.model_validate(answer.json())
+
+    def lease(self, name: str = "bench", *, wait_s: float = 0.0, **more: Any) -> Lease | None:
+        body = {"target": TARGET.key, "wait_s": wait_s, **more}
+        answer = self.client.post(f"/v1/devices/{name}/leases", json=body)
+        assert answer.status_code in (200, 204), answer.text
+        return Lease.model_validate(answer.json()) if answer.status_code == 200 else None
+
+    def must_lease(self, name: str = "bench", **more: Any) -> Lease:
+        lease = self.lease(name, **more)
+        assert lease is not None
+        return lease
+
+    def report(self, token: int, *measurements: Measurement) -> ReportOutcome:
+        body = {
+            "measurements": [measurement.model_dump(mode="json") for measurement in measurements],
+            "evidence": {"load": 0.01},
+        }
+        answer = self.client.post(f"/v1/leases/{token}/results", json=body)
+        assert answer.status_code == 200, answer.text
+        return ReportOutcome.model_validate(answer.json())
+
+    def measure(self, latency_ms: Callable[[str], float] = lambda key: 1.0, name: str = "bench") -> int:
+        """Leases and reports until nothing waits; returns how many were measured."""
+        count = 0
+        while (lease := self.lease(name)) is not None:
+            keys = [item.key for item in (*lease.operators, *lease.networks)]
+            count += len(keys)
+            assert self.report(lease.token, *(measured(key, latency_ms(key)) for key in keys)).outcome == "accepted"
+        return count
+
+    def device(self, name: str = "bench") -> DeviceState:
+        return DeviceState.model_validate(self.client.get(f"/v1/devices/{name}").json())
+
+    def rows(self, **query: Any) -> Page:
+        answer = self.client.get(f"/v1/targets/{TARGET.key}/rows", params=query)
+        assert answer.status_code == 200, answer.text
+        return Page.model_validate(answer.json())
+
+
+@pytest.fixture
+def lab(server) -> Lab:
+    made = Lab(server.client)
+    made.register()
+    return made
+
+
+@pytest.fixture
+def sqlite_url(tmp_path) -> str:
+    return f"sqlite:///{tmp_path / 'service.sqlite'}"
+
+
+def again(server, *keys: str, plan: str = PLAN.key) -> None:
+    """Puts measured operators into the queue once more, as `lut-db remeasure` does."""
+    with server.lab.database.write() as session:
+        queries.lock_table(session, TARGET.key, plan)
+        queries.enqueue(session, TARGET.key, plan, keys, queries.clock(session), again=True)
+
+
+# --- devices --------------------------------------------------------------------------------------------------
+
+
+def test_devices_and_targets(lab: Lab) -> None:
+    other = make_target("another machine")
+    lab.register("bench", TARGET, other)
+    lab.register("bench", TARGET, other)
+    lab.register("second")
+    assert [d["device"]["name"] for d in lab.client.get("/v1/devices").json()] == ["bench", "second"]
+    state = lab.device()
+    assert (state.state, state.device.targets) == ("ready", (TARGET, other))
+    targets = {t["key"]: t for t in lab.client.get("/v1/targets").json()}
+    assert targets[TARGET.key]["devices"] == ["bench", "second"]
+    assert lab.client.get(f"/v1/targets/{other.key}").json()["devices"] == ["bench"]
+    lab.register("bench", other)
+    assert lab.client.get(f"/v1/targets/{TARGET.key}").json()["devices"] == ["second"]
+
+
+def test_errors_are_problems_that_name_field_and_remedy(lab: Lab) -> None:
+    def problem(answer: httpx.Response, status: int) -> dict[str, Any]:
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert answer.status_code == status == answer.json()["status"]
+        return answer.json()
+
+    client = lab.client
+    key = conv(1).key
+    assert problem(client.get("/v1/nothing"), 404)
+    assert problem(client.delete("/v1/targets"), 405)
+    assert problem(client.get("/v1/devices/nobody"), 404)["remedy"]
+    assert problem(client.get("/v1/pins/77"), 404)["field"] == "id"
+    assert problem(client.get("/v1/pins/0"), 422)["field"] == "id"
+    assert problem(client.get(f"/v1/pins/{10**30}"), 422)["field"] == "id"
+    assert problem(client.get("/v1/snapshots/1"), 404)["field"] == "snapshot"
+    assert problem(client.get("/v1/rows/1"), 404)
+    assert problem(client.post("/v1/leases/5/heartbeat"), 404)["field"] == "token"
+    assert problem(client.post("/v1/pins", json={"target": TARGET.key, "plan": {"carriers": 0}}), 422)["field"] == (
+        "plan.carriers"
+    )
+    whole = {"target": TARGET.key, "plan": WHOLE_PLAN.model_dump(mode="json")}
+    assert problem(client.post("/v1/pins", json=whole), 422)["field"] == "plan.context"
+    assert problem(client.post("/v1/pins", json={"target": "0" * 16, "plan": {}}), 404)["field"] == "target"
+    json_text = {"content-type": "application/json"}
+    for body in (b"{", b'{"target": NaN}', b'{"target": 1e999}', b"[" * 100_000, b"\xff\xfe", b"1" * 5000):
+        assert problem(client.post("/v1/pins", content=body, headers=json_text), 422)["field"] == "body"
+    wrong = {"operators": {key: conv(2).model_dump(mode="json")}, "networks": [[key]]}
+    assert problem(client.post(f"/v1/pins/{lab.pin().id}/lookup", json=wrong), 422)["field"] == f"operators.{key}"
+    other = {"target": make_target("never seen").key}
+    assert problem(client.post("/v1/devices/bench/leases", json=other), 422)["field"] == "target"
+    device = make_device("other").model_dump(mode="json")
+    assert problem(client.put("/v1/devices/bench", json=device), 422)["field"] == "name"
+
+
+def test_large_bodies_are_refused(start_server, sqlite_url: str) -> None:
+    server = start_server(sqlite_url, max_body_bytes=2048)
+    answer = server.client.post("/v1/pins", content=b" " * 4096, headers={"content-type": "application/json"})
+    assert (answer.status_code, answer.json()["title"]) == (413, "Request Entity Too Large")
+    pieces = (b" " * 1024 for _ in range(4))
+    answer = server.client.post("/v1/pins", content=pieces, headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+
+
+def test_silent_devices_are_lost_and_said_to_be(start_server, database_url: str) -> None:
+    lab = Lab(start_server(database_url, lost_after_s=0.05).client)
+    lab.register()
+    lookup = lab.lookup(lab.pin().id, convs(1))
+    assert lookup.waiting_for is not None
+    while lab.device().state != "lost":
+        time.sleep(0.02)
+    lookup = lab.lookup(lab.pin().id, convs(1))
+    assert "bench is lost" in (lookup.waiting_for or "")
+
+
+# --- lookups --------------------------------------------------------------------------------------------------
+
+
+def test_from_nothing_to_an_estimate(lab: Lab) -> None:
+    operators = convs(3)
+    pin = lab.pin()
+    answer = lab.client.post(f"/v1/pins/{pin.id}/lookup", json={"networks": [list(operators)]})
+    assert Lookup.model_validate(answer.json()) == Lookup(unknown=tuple(operators))
+    first = lab.lookup(pin.id, operators)
+    assert first.enqueued == 3
+    assert {row.status for row in first.operators.values()} == {Status.PENDING}
+    assert [estimate.status for estimate in first.networks] == [Status.PENDING] * 4
+    assert "3 measurements are queued for bench" in (first.waiting_for or "")
+    second = lab.lookup(pin.id, operators)
+    assert second.enqueued == 0
+    assert lab.measure(lambda key: 0.5) == 3
+    told = lab.lookup(pin.id, operators)
+    assert told.waiting_for is None
+    assert told.networks[-1].latency_ms == pytest.approx(1.5)
+    assert not told.networks[-1].corrected
+    (row, *_) = lab.rows(kind="convolution", status="measured", plan=PLAN.key, limit=1).rows
+    detail = RowDetail.model_validate(lab.client.get(f"/v1/rows/{row.id}").json())
+    assert detail.samples[0].samples_ms == (0.5, 0.505)
+    assert detail.evidence == {"load": 0.01}
+    assert detail.definition.key == row.key
+    assert lab.client.get(f"/v1/pins/{pin.id}").json()["rows"] == 3
+
+
+def test_rows_come_in_pages(lab: Lab) -> None:
+    lab.lookup(lab.pin().id, convs(5))
+    lab.measure()
+    seen, after = [], 0
+    while True:
+        page = lab.rows(after=after, limit=2)
+        seen += [row.key for row in page.rows]
+        if page.next is None:
+            break
+        after = page.next
+    assert seen == list(convs(5))
+    assert lab.rows(status="failed").rows == ()
+
+
+def test_a_lookup_waits_until_everything_is_there(lab: Lab) -> None:
+    pin = lab.pin()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lab.lookup, pin.id, convs(2), wait_s=30.0)
+        lease = lab.must_lease(wait_s=30.0)
+        lab.report(lease.token, *(measured(operator.key) for operator in lease.operators))
+        lookup = waiting.result()
+    assert lookup.enqueued == 2
+    assert lookup.networks[-1].latency_ms == pytest.approx(2.0)
+
+
+def test_a_wait_that_is_over_says_what_is_pending(lab: Lab) -> None:
+    lookup = lab.lookup(lab.pin().id, convs(2), wait_s=0.1)
+    assert lookup.networks[-1].status is Status.PENDING
+    assert lookup.enqueued == 2
+
+
+def test_two_servers_over_one_database(start_server, database_url: str) -> None:
+    """Who waits at one server is served by what happens at the other."""
+    here, there = (Lab(start_server(database_url).client) for _ in range(2))
+    here.register()
+    pin = here.pin()
+    with ThreadPoolExecutor(2) as pool:
+        leasing = pool.submit(there.must_lease, wait_s=30.0)
+        waiting = pool.submit(here.lookup, pin.id, convs(2), wait_s=30.0)
+        lease = leasing.result()
+        there.report(lease.token, *(measured(operator.key) for operator in lease.operators))
+        assert waiting.result().networks[-1].latency_ms == pytest.approx(2.0)
+
+
+def test_many_ask_and_each_is_measured_once(lab: Lab) -> None:
+    pins = [lab.pin().id for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        lookups = list(pool.map(lambda pin: lab.lookup(pin, convs(40)), pins))
+    assert sum(lookup.enqueued for lookup in lookups) == 40
+    assert lab.measure() == 40
+    with ThreadPoolExecutor(8) as pool:
+        lookups = list(pool.map(lambda pin: lab.lookup(pin, convs(40)), pins))
+    assert {lookup.networks[-1].latency_ms for lookup in lookups} == {40.0}
+    assert lab.measure() == 0
+
+
+@pytest.mark.parametrize("size", [2, 60])
+def test_a_lookup_in_the_table_takes_a_constant_number_of_statements(server, lab: Lab, size: int) -> None:
+    operators = convs(size)
+    pin = lab.pin()
+    lab.lookup(pin.id, operators)
+    lab.measure()
+    networks = [list(operators)] * (200 if size > 2 else 1)
+    statements: list[str] = []
+    event.listen(server.lab.database.engine, "before_cursor_execute", lambda *told: statements.append(told[2]))
+    counts = []
+    for _ in range(2):  # the first freezes, the second reads what is frozen
+        statements.clear()
+        answer = lab.client.post(f"/v1/pins/{pin.id}/lookup", json={"networks": networks})
+        assert answer.json()["networks"][0]["latency_ms"] == pytest.approx(size)
+        tending = ("leases.deadline", "calibrations")  # the task that looks after leases runs beside
+        ours = [said for said in statements if not said.startswith("BEGIN") and not any(t in said for t in tending)]
+        counts.append(len([said for said in ours if "strftime" not in said and "clock_timestamp" not in said]))
+    assert counts == [9, 3]
+
+
+# --- pins -----------------------------------------------------------------------------------------------------
+
+
+def test_a_pin_keeps_what_it_read_whatever_is_measured_later(server, lab: Lab) -> None:
+    operators = convs(2)
+    old = lab.pin()
+    lab.lookup(old.id, operators)
+    lab.measure(lambda key: 1.0)
+    assert lab.lookup(old.id, operators).networks[-1].latency_ms == 2.0
+    again(server, *operators)
+    assert lab.measure(lambda key: 3.0) == 2
+    assert lab.lookup(old.id, operators).networks[-1].latency_ms == 2.0
+    assert lab.lookup(lab.pin().id, operators).networks[-1].latency_ms == 6.0
+    assert {row.revision for row in lab.rows().rows} == {2}
+
+
+def test_a_sealed_pin_never_changes(lab: Lab) -> None:
+    pin = lab.pin()
+    lab.lookup(pin.id, convs(2))
+    lab.measure()
+    lab.lookup(pin.id, convs(2))
+    sealed = Pin.model_validate(lab.client.post(f"/v1/pins/{pin.id}/seal").json())
+    assert (sealed.snapshot, sealed.rows) == (1, 2)
+    assert lab.client.post(f"/v1/pins/{pin.id}/seal").json()["snapshot"] == 1
+    assert lab.client.get("/v1/snapshots/1").json()["id"] == pin.id
+    for path, number in (("pins", pin.id), ("snapshots", 1)):
+        lookup = lab.lookup(number, convs(3), path=path, wait_s=5.0)
+        assert (lookup.enqueued, lookup.waiting_for) == (0, None)
+        assert [estimate.status for estimate in lookup.networks] == ["measured", "measured", "missing", "missing"]
+    assert lab.client.get("/v1/snapshots/1").json()["rows"] == 2
+    assert lab.measure() == 0
+
+
+def test_a_correction_that_comes_later_does_not_alter_a_pin(server, lab: Lab) -> None:
+    def correct(scale: float) -> None:
+        correction = Correction(scale=scale, relative_half_width=0.1, left_out=FIT)
+        with server.lab.database.write() as session:
+            queries.lock_table(session, TARGET.key, PLAN.key)
+            queries.append_correction(session, TARGET.key, PLAN.key, correction, queries.clock(session))
+
+    operators = convs(2)
+    plain, waiting = lab.pin(), lab.pin()
+    lab.lookup(plain.id, operators)
+    lab.lookup(waiting.id, operators)  # answers pending: the correction stays open
+    lab.measure()
+    assert not lab.lookup(plain.id, operators).networks[-1].corrected
+    correct(2.0)
+    assert not lab.lookup(plain.id, operators).networks[-1].corrected
+    estimate = lab.lookup(waiting.id, operators).networks[-1]
+    assert (estimate.corrected, estimate.latency_ms, estimate.sum_ms) == (True, 4.0, 2.0)
+    assert (estimate.low_ms, estimate.high_ms) == (pytest.approx(3.6), pytest.approx(4.4))
+    correct(3.0)
+    assert lab.lookup(waiting.id, operators).networks[-1].latency_ms == 4.0
+    assert lab.lookup(lab.pin().id, operators).networks[-1].latency_ms == 6.0
+
+
+# --- leases ---------------------------------------------------------------------------------------------------
+
+
+def test_leases_come_oldest_first_up_to_what_is_asked(lab: Lab) -> None:
+    operators = convs(5)
+    lab.lookup(lab.pin().id, operators)
+    lease = lab.must_lease(max_operators=2)
+    assert [operator.key for operator in lease.operators] == list(operators)[:2]
+    assert (lease.plan, lease.target, lease.device) == (PLAN, TARGET, "bench")
+    assert 0 < lease.expires_in_s <= 120
+    lab.register("second")
+    other = lab.must_lease("second", max_operators=3)
+    assert [operator.key for operator in other.operators] == list(operators)[2:]
+    assert other.token > lease.token
+
+
+def test_known_operators_fill_up_carriers(lab: Lab) -> None:
+    lab.lookup(lab.pin().id, convs(10))
+    lab.measure(lambda key: 0.25)
+    lab.lookup(lab.pin().id, convs(2, start=10))
+    lease = lab.must_lease()
+    assert len(lease.operators) == 2
+    assert {operator.key for operator in lease.fillers} == set(convs(10)) == set(lease.known_ms)
+    assert set(lease.known_ms.values()) == {0.25}
+
+
+def test_reports_are_idempotent(lab: Lab) -> None:
+    lab.lookup(lab.pin().id, convs(2))
+    lease = lab.must_lease()
+    results = [measured(operator.key) for operator in lease.operators]
+    assert lab.report(lease.token, *results) == ReportOutcome(outcome="accepted", rows=2)
+    assert lab.report(lease.token, *results) == ReportOutcome(outcome="repeated", rows=2)
+    assert lab.report(lease.token) == ReportOutcome(outcome="repeated", rows=2)
+    assert [row.revision for row in lab.rows().rows] == [1, 1]
+    assert lab.client.post(f"/v1/leases/{lease.token}/heartbeat").status_code == 409
+    twice = {"measurements": [results[0].model_dump(mode="json")] * 2}
+    answer = lab.client.post(f"/v1/leases/{lease.token}/results", json=twice)
+    assert (answer.status_code, answer.json()["field"]) == (422, "measurements.1.key")
+
+
+def test_a_restarted_agent_gives_its_lease_up(lab: Lab) -> None:
+    lab.lookup(lab.pin().id, convs(1))
+    old = lab.must_lease()
+    new = lab.must_lease()
+    assert new.token > old.token
+    assert new.operators == old.operators
+    assert lab.report(old.token, measured(conv(0).key, 9.0)) == ReportOutcome(outcome="late", rows=0)
+    assert lab.report(new.token, measured(conv(0).key, 1.0)).outcome == "accepted"
+    assert [row.latency_ms for row in lab.rows().rows] == [1.0]
+
+
+def test_an_expired_lease_goes_back_and_its_report_is_late(start_server, database_url: str) -> None:
+    lab = Lab(start_server(database_url, lease_s=0.2).client)
+    lab.register("bench")
+    lab.register("second")
+    lab.lookup(lab.pin().id, convs(1))
+    old = lab.must_lease("bench")
+    new = lab.must_lease("second", wait_s=30.0)
+    assert lab.report(old.token, measured(conv(0).key, 9.0)).outcome == "late"
+    assert lab.client.post(f"/v1/leases/{old.token}/heartbeat").status_code == 409
+    assert new.token > old.token
+
+
+def test_a_heartbeat_keeps_a_lease(start_server, sqlite_url: str) -> None:
+    server = start_server(sqlite_url, lease_s=1.0)
+    lab = Lab(server.client)
+    lab.register()
+    lab.lookup(lab.pin().id, convs(1))
+    lease = lab.must_lease()
+    for _ in range(6):
+        time.sleep(0.25)
+        answer = lab.client.post(f"/v1/leases/{lease.token}/heartbeat")
+        assert (answer.status_code, answer.json()) == (200, {"expires_in_s": 1.0})
+    assert lab.report(lease.token, measured(conv(0).key)).outcome == "accepted"
+
+
+def test_operators_that_kill_agents_end_as_failed_and_take_no_others_with_them(start_server, database_url: str) -> None:
+    """An agent dies whenever operator 3 is among its own: the others are measured all the same."""
+    lab = Lab(start_server(database_url, lease_s=600).client)
+    lab.register()
+    poison = conv(3).key
+    pin = lab.pin()
+    lab.lookup(pin.id, convs(20))
+    leases = 0
+    while (lease := lab.lease()) is not None:
+        leases += 1
+        keys = [operator.key for operator in lease.operators]
+        if poison not in keys:
+            lab.report(lease.token, *(measured(key) for key in keys))
+    assert leases < 40
+    rows = lab.lookup(pin.id, convs(20)).operators
+    assert {key for key, row in rows.items() if row.status is Status.FAILED} == {poison}
+    assert "was lost while measuring" in (rows[poison].message or "")
+
+
+def test_a_lease_given_back_holds_nothing_against_its_operators(lab: Lab) -> None:
+    lab.lookup(lab.pin().id, convs(3))
+    for _ in range(5):
+        lease = lab.must_lease()
+        assert len(lease.operators) == 3
+        assert lab.client.delete(f"/v1/leases/{lease.token}").status_code == 204
+        assert lab.client.delete(f"/v1/leases/{lease.token}").status_code == 204
+    assert lab.report(lease.token).outcome == "late"
+    assert lab.measure() == 3
+
+
+def test_refused_figures_are_taken_again_and_never_recorded(start_server, database_url: str) -> None:
+    lab = Lab(start_server(database_url, refusal_pause_s=0.1).client)
+    lab.register()
+    pin = lab.pin()
+    lab.lookup(pin.id, convs(1))
+    for _ in range(5):
+        lease = lab.must_lease(wait_s=30.0)
+        outcome = lab.report(lease.token, failed(conv(0).key, "load", "another process used 0.9 of a core"))
+        assert outcome == ReportOutcome(outcome="accepted", rows=0, requeued=1)
+    assert lab.rows().rows == ()
+    assert "0.9 of a core" in (lab.device().reason or "")
+    lookup = lab.lookup(pin.id, convs(1))
+    assert "0.9 of a core" in (lookup.waiting_for or "")
+    assert "load" in (lookup.operators[conv(0).key].message or "")
+    lease = lab.must_lease(wait_s=30.0)
+    lab.report(lease.token, measured(conv(0).key))
+    assert lab.device().reason is None
+
+
+def test_failures_are_tried_three_times_unless_nothing_can_help(lab: Lab) -> None:
+    crashing, unsupported, silent = convs(3)
+    pin = lab.pin()
+    lab.lookup(pin.id, convs(3))
+    tries = dict.fromkeys(convs(3), 0)
+    while (lease := lab.lease()) is not None:
+        for operator in lease.operators:
+            tries[operator.key] += 1
+        said = [failed(crashing, "crashed", "signal 11"), failed(unsupported, "unsupported")]
+        keys = {operator.key for operator in lease.operators}
+        lab.report(lease.token, *(one for one in said if one.key in keys))
+    assert tries == {crashing: 3, unsupported: 1, silent: 3}
+    rows = lab.lookup(pin.id, convs(3)).operators
+    assert {row.status for row in rows.values()} == {Status.FAILED}
+    assert "signal 11" in (rows[crashing].message or "")
+    assert lab.lookup(pin.id, convs(3)).networks[-1].status is Status.FAILED
+
+
+def test_long_polls_end_when_work_comes(lab: Lab) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(lab.lease, wait_s=30.0)
+        lab.lookup(lab.pin().id, convs(1))
+        lease = waiting.result()
+    assert lease is not None
+    assert lab.lease(wait_s=0.1) is not None  # given up and taken again: nothing else was there
+
+
+# --- whole networks and calibrations --------------------------------------------------------------------------
+
+
+def test_whole_networks_are_measured_once(lab: Lab) -> None:
+    networks = [chain(4, width) for width in range(5, 9)]
+    body = {"networks": [network.model_dump(mode="json") for network in [*networks, networks[0]]]}
+
+    def ask(wait_s: float) -> NetworksAnswer:
+        answer = lab.client.post(f"/v1/targets/{TARGET.key}/networks", json={**body, "wait_s": wait_s})
+        assert answer.status_code == 200, answer.text
+        return NetworksAnswer.model_validate(answer.json())
+
+    assert {row.status for row in ask(0).networks} == {Status.PENDING}
+    assert "4 measurements" in (ask(0.05).waiting_for or "")
+    lease = lab.must_lease()
+    assert lease.networks == tuple(networks)
+    assert lease.plan == WHOLE_PLAN
+    lab.report(lease.token, *(measured(network.key, 1.0 + i) for i, network in enumerate(networks)))
+    answer = ask(30)
+    assert [row.latency_ms for row in answer.networks] == [1.0, 2.0, 3.0, 4.0, 1.0]
+    assert answer.waiting_for is None
+    assert lab.lease() is None
+    (row, *_) = lab.rows(kind="network").rows
+    detail = RowDetail.model_validate(lab.client.get(f"/v1/rows/{row.id}").json())
+    assert detail.definition == networks[0]
+
+
+def calibrate(lab: Lab, networks: list[Any]) -> tuple[int, Calibration]:
+    body = {"plan": PLAN.model_dump(mode="json"), "networks": [network.model_dump(mode="json") for network in networks]}
+    answer = lab.client.post(f"/v1/targets/{TARGET.key}/calibrations", json=body)
+    assert answer.status_code in (200, 202), answer.text
+    return answer.status_code, Calibration.model_validate(answer.json())
+
+
+def test_a_calibration_is_fitted_once_everything_is_measured(server, lab: Lab) -> None:
+    networks = [chain(*range(2, 2 + length)) for length in range(1, 13)]
+    latencies = {network.key: 1.1 * len(network.nodes) for network in networks}
+    status, first = calibrate(lab, networks)
+    assert (status, first.state, first.pending) == (202, "measuring", 24)
+    assert first.waiting_for is not None
+    assert calibrate(lab, networks[::-1])[1].id == first.id
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [
+            pool.submit(lab.client.get, f"/v1/calibrations/{first.id}", params={"wait_s": 30}) for _ in range(4)
+        ]  # fmt: skip
+        assert lab.measure(lambda key: latencies.get(key, 1.0)) == 24
+        told = [Calibration.model_validate(one.result().json()) for one in waiting]
+    for calibration in told:
+        assert calibration == told[0]
+        assert (calibration.state, calibration.pending) == ("fitted", 0)
+    correction = told[0].correction
+    assert correction is not None
+    assert correction.scale == pytest.approx(1.1, rel=1e-3)
+    assert correction.left_out.networks == len(told[0].networks) == 12
+    for network in told[0].networks:
+        assert network.left_out_ms == pytest.approx(latencies[network.key], rel=0.01)
+    assert calibrate(lab, networks)[0] == 200
+    with server.lab.database.read() as session:
+        assert session.query(m.Correction).count() == 1
+    operators = {operator.key: operator for network in networks for operator in network.operators}
+    estimate = lab.lookup(lab.pin().id, operators).networks[-1]
+    assert estimate.corrected
+    assert estimate.low_ms < estimate.latency_ms < estimate.high_ms
+
+
+def test_a_calibration_leaves_out_what_failed_and_fails_with_too_little(lab: Lab) -> None:
+    networks = [chain(4, width) for width in range(5, 12)]
+    broken = {network.key for network in networks[:2]}
+
+    def work() -> None:
+        while (lease := lab.lease()) is not None:
+            keys = [item.key for item in (*lease.operators, *lease.networks)]
+            lab.report(
+                lease.token, *(failed(key, "unsupported") if key in broken else measured(key) for key in keys)
+            )  # fmt: skip
+
+    _, calibration = calibrate(lab, networks)
+    work()
+    told = lab.client.get(f"/v1/calibrations/{calibration.id}", params={"wait_s": 30}).json()
+    assert told["state"] == "fitted"
+    assert "2 networks were left out" in told["message"]
+    assert len(told["networks"]) == 5
+    _, calibration = calibrate(lab, networks[:6])
+    told = lab.client.get(f"/v1/calibrations/{calibration.id}", params={"wait_s": 30}).json()
+    assert told["state"] == "failed"
+    assert "too few" in told["message"]
+    body = {"plan": PLAN.model_dump(mode="json"), "networks": [networks[0].model_dump(mode="json")] * 6}
+    answer = lab.client.post(f"/v1/targets/{TARGET.key}/calibrations", json=body)
+    assert (answer.status_code, answer.json()["field"]) == (422, "networks")
+
+
+# --- readiness ------------------------------------------------------------------------------------------------
+
+
+def test_health_and_readiness(server) -> None:
+    assert server.client.get("/healthz").json() == {"status": "ok"}
+    assert server.client.get("/readyz").json() == {"status": "ok"}
+    with server.lab.database.write() as session:
+        session.execute(text("UPDATE alembic_version SET version_num = '0000'"))
+    answer = server.client.get("/readyz")
+    assert answer.status_code == 503
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert server.client.get("/healthz").status_code == 200
+
+
+def test_a_database_without_tables_says_nothing_of_its_inside(server) -> None:
+    with server.lab.database.write() as session:
+        session.execute(text("DROP TABLE device_targets"))
+    answer = server.client.get("/v1/devices")
+    assert answer.status_code == 503
+    assert "SELECT" not in answer.text
+    assert "device_targets" not in answer.text
