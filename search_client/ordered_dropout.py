@@ -40,14 +40,28 @@ def balanced(options: Sequence[int], count: int, random: np.random.Generator) ->
     return random.permutation(np.concatenate([repeated, rest]))
 
 
+def widths_of_layer(
+    options: Sequence[int], batch: int, random: np.random.Generator, opened: float = 1.0, kept: float = 0.0
+) -> Integers:
+    """The widths of one layer for a batch: the largest for the share `kept` of the images, the rest balanced over
+    the upper share `opened` of the options, at least the largest."""
+    full = round(kept * batch)
+    count = max(1, round(1 + opened * (len(options) - 1)))
+    free = balanced(options[-count:], batch - full, random)
+    return random.permutation(np.concatenate([np.full(full, options[-1], dtype=np.int64), free]))
+
+
 def draw(
     space: SearchSpace, batch: int, *, seed: int, step: int, kernels: KernelMode = "groups",
-    rank: int = 0, ranks: int = 1,
+    opened: float = 1.0, kept: float = 0.0, rank: int = 0, ranks: int = 1,
 ) -> Draw:  # fmt: skip
     """The sub-networks of the images `rank`, `rank + ranks`, … of a global batch of `batch` images.
 
     kernels `groups`: balanced over the images like widths, so a layer runs once for each of its kernel sizes.
     `batch`: one random kernel size per layer for the whole batch, which is faster. Tied layers draw as one.
+
+    opened: the share of each layer's widths, from the largest down, that is drawn from. kept: the share of the
+    images, drawn anew for each layer, that keep its full width. The paper's ordered dropout is 1 and 0.
     """
     if batch < 1 or not 0 <= rank < ranks:
         raise InvalidInput(f"batch={batch}, rank={rank}, ranks={ranks}", field="batch",
@@ -55,8 +69,8 @@ def draw(
     widths = np.empty((batch, len(space.layers)), dtype=np.int64)
     sizes = np.empty_like(widths)
     for number, layer in enumerate(space.layers):
-        first = space.tied(number)[0]
-        widths[:, number] = balanced(layer.widths, batch, np.random.default_rng([seed, step, first, _WIDTHS]))
+        random = np.random.default_rng([seed, step, space.tied(number)[0], _WIDTHS])
+        widths[:, number] = widths_of_layer(layer.widths, batch, random, opened, kept)
         random = np.random.default_rng([seed, step, number, _KERNELS])
         if kernels == "groups":
             sizes[:, number] = balanced(layer.kernels, batch, random)

@@ -47,6 +47,12 @@ class ExportRefused(LatencyLabError):
 class OperatorModule(nn.Module):
     """An operator with its weights as parameters, named as `operator.weights` names them."""
 
+    weight: Tensor
+    reduce_weight: Tensor
+    reduce_bias: Tensor
+    expand_weight: Tensor
+    expand_bias: Tensor
+
     def __init__(self, operator: Any, batch_norm: bool = False):
         super().__init__()
         self.operator = operator

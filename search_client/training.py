@@ -49,8 +49,12 @@ class TrainingOptions:
     schedule: `cosine` falls to zero, `exponential` is multiplied by `decay` every `decay_epochs`. Weight decay
     leaves biases and batch-norm alone. ema_decay: of the moving average of the weights, which is what is kept in
     the end; it starts lower, as (1 + n) / (10 + n) after n steps; None keeps the last weights. shift: images are
-    moved by up to so many pixels. clip_norm: bound of the gradient's norm, or None. kernels: see
-    `ordered_dropout.draw`; only super-networks have a choice.
+    moved by up to so many pixels. clip_norm: bound of the gradient's norm, or None.
+
+    Only for super-networks: kernels, see `ordered_dropout.draw`. opening: over this share of the run the grid of
+    widths opens, from the full width alone to all of them. kept: see `ordered_dropout.draw`. The paper has 0 for
+    both; in a training of a few hundred steps such a super-network learns nothing, because nearly every image goes
+    through a network of which most layers are gone.
     """
 
     epochs: int = 8
@@ -69,6 +73,8 @@ class TrainingOptions:
     shift: int = 0
     clip_norm: float | None = 5.0
     kernels: KernelMode = "groups"
+    opening: float = 0.0
+    kept: float = 0.0
 
     def __post_init__(self) -> None:
         limits: dict[str, tuple[bool, str]] = {
@@ -88,6 +94,8 @@ class TrainingOptions:
             "shift": (self.shift >= 0, "give 0 or more pixels"),
             "clip_norm": (self.clip_norm is None or self.clip_norm > 0, "give null or a positive number"),
             "kernels": (self.kernels in ("groups", "batch"), "groups or batch"),
+            "opening": (0 <= self.opening <= 1, "give a share from 0 to 1"),
+            "kept": (0 <= self.kept < 1, "give a share from 0 to below 1"),
         }
         for field, (holds, remedy) in limits.items():
             if not holds:
@@ -149,9 +157,15 @@ def train_super_network(
     _check_data(description, data)
     model = SuperNetwork(description, seed=seed, dropout=options.dropout)
     space = description.space
+    _, steps_per_epoch = _batches(data, options)
+    steps = options.epochs * steps_per_epoch
 
     def forward(images: Tensor, step: int) -> Tensor:
-        drawn = draw(space, len(images), seed=seed, step=step, kernels=options.kernels)
+        done = step / steps
+        drawn = draw(
+            space, len(images), seed=seed, step=step, kernels=options.kernels, kept=options.kept,
+            opened=1.0 if done >= options.opening else done / options.opening,
+        )  # fmt: skip
         logits: Tensor = model(images, Sample.drawn(drawn))
         return logits
 
@@ -210,8 +224,7 @@ def _fit(
     progress: OnProgress | None,
 ) -> nn.Module:
     """The loop. `forward(images, step)` runs `model`. Returns the averaged model, or the model where none is kept."""
-    batch = min(options.batch_size, len(data.train_images))
-    steps_per_epoch = len(data.train_images) // batch  # the rest of an epoch's images is left out of it
+    batch, steps_per_epoch = _batches(data, options)
     optimizer = _optimizer(model, options)
     averaged = None if options.ema_decay is None else _averaged(model, options.ema_decay)
     first_epoch = 0
@@ -241,7 +254,7 @@ def _fit(
                 raise TrainingDiverged(f"the loss is {loss_value} in epoch {epoch + 1}", field="learning_rate",
                                        remedy="lower the learning rate or add warm-up")  # fmt: skip
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if options.clip_norm is not None:
                 nn.utils.clip_grad_norm_(model.parameters(), options.clip_norm)
             optimizer.step()
@@ -261,6 +274,12 @@ def _fit(
                 progress(Progress(epoch + 1, options.epochs, step + 1, options.epochs * steps_per_epoch, loss_value,
                                   learning_rate, epoch_done))  # fmt: skip
     return model if averaged is None else averaged.module
+
+
+def _batches(data: Data, options: TrainingOptions) -> tuple[int, int]:
+    """Images of a batch, and batches of an epoch; the rest of an epoch's images is left out of it."""
+    batch = min(options.batch_size, len(data.train_images))
+    return batch, len(data.train_images) // batch
 
 
 def _check_data(description: Description, data: Data) -> None:

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lut_db.errors import InvalidInput
 from search_client.architecture import SearchLayer, SearchSpace
-from search_client.ordered_dropout import balanced, draw
+from search_client.ordered_dropout import balanced, draw, widths_of_layer
 
 SPACE = SearchSpace(
     (
@@ -56,6 +56,24 @@ def test_layers_and_steps_are_shuffled_independently() -> None:
     first, second = draw(SPACE, 30, seed=0, step=0), draw(SPACE, 30, seed=0, step=1)
     assert not np.array_equal(first.widths, second.widths)
     assert not np.array_equal(first.widths[:, 0], first.widths[:, 2])  # same options, other layer
+
+
+@given(batch=st.integers(1, 40), opened=st.floats(0, 1), kept=st.floats(0, 0.99))
+def test_a_grid_opens_from_the_full_width_and_some_images_keep_it(batch: int, opened: float, kept: float) -> None:
+    options = (0, 2, 4, 6, 8)
+    drawn = widths_of_layer(options, batch, np.random.default_rng(0), opened, kept)
+    assert len(drawn) == batch
+    allowed = options[-max(1, round(1 + opened * 4)) :]
+    assert set(drawn.tolist()) <= set(allowed)
+    assert int((drawn == 8).sum()) >= round(kept * batch)
+    times = [int((drawn == option).sum()) for option in allowed]
+    times[-1] -= round(kept * batch)
+    assert max(times) - min(times) <= 1
+
+
+def test_a_closed_grid_trains_the_full_network_only() -> None:
+    drawn = draw(SPACE, 16, seed=0, step=0, opened=0.0)
+    assert (drawn.widths == np.array(SPACE.full.widths)).all()
 
 
 def test_one_kernel_for_the_batch_on_request() -> None:

@@ -40,6 +40,12 @@ def digits() -> Data:
 
 
 @pytest.fixture(scope="module")
+def few(digits: Data) -> Data:
+    """Three batches of 64 an epoch, for tests of how a training goes rather than of what it learns."""
+    return replace(digits, train_images=digits.train_images[:200], train_labels=digits.train_labels[:200])
+
+
+@pytest.fixture(scope="module")
 def description() -> Description:
     stages = (
         Conv("stem", 8, kernel=3, limit=4, activation="hard_swish"),
@@ -72,36 +78,36 @@ def equal(a: nn.Module, b: nn.Module) -> bool:
 @pytest.mark.parametrize("optimizer", ["sgd", "rmsprop", "adamw"])
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 def test_a_killed_super_network_training_resumes_bit_for_bit(
-    description: Description, digits: Data, tmp_path: Path, optimizer: str, ema_decay: float | None
+    description: Description, few: Data, tmp_path: Path, optimizer: str, ema_decay: float | None
 ) -> None:
     options = replace(OPTIONS, optimizer=optimizer, ema_decay=ema_decay, epochs=2)
-    undisturbed = train_super_network(description, digits, options, seed=1)
+    undisturbed = train_super_network(description, few, options, seed=1)
     checkpoint = tmp_path / "super_network.pt"
     with pytest.raises(Killed):
-        train_super_network(description, digits, options, seed=1, checkpoint=checkpoint, progress=kill_after(1))
+        train_super_network(description, few, options, seed=1, checkpoint=checkpoint, progress=kill_after(1))
     steps: list[int] = []
     resumed = train_super_network(
-        description, digits, options, seed=1, checkpoint=checkpoint, progress=lambda p: steps.append(p.step)
+        description, few, options, seed=1, checkpoint=checkpoint, progress=lambda p: steps.append(p.step)
     )
     assert equal(undisturbed, resumed)
-    assert steps == list(range(20, 39))  # the first epoch's 19 steps are not repeated
-    finished = train_super_network(description, digits, options, seed=1, checkpoint=checkpoint,
+    assert steps == list(range(4, 7))  # the first epoch's 3 steps are not repeated
+    finished = train_super_network(description, few, options, seed=1, checkpoint=checkpoint,
                                    progress=kill_after(2))  # fmt: skip
     assert equal(undisturbed, finished)
     assert [path.name for path in tmp_path.iterdir()] == ["super_network.pt"]
 
 
-def test_a_killed_network_training_resumes_bit_for_bit(description: Description, digits: Data, tmp_path: Path) -> None:
+def test_a_killed_network_training_resumes_bit_for_bit(description: Description, few: Data, tmp_path: Path) -> None:
     architecture = description.architecture({"block1.expand": (8, 1), "block3.project": (0, 1), "hidden": (4, 1)})
-    undisturbed = train_network(description, architecture, digits, OPTIONS, seed=2)
+    undisturbed = train_network(description, architecture, few, OPTIONS, seed=2)
     checkpoint = tmp_path / "network.pt"
     for epoch in (1, 2):
         with pytest.raises(Killed):
-            train_network(description, architecture, digits, OPTIONS, seed=2, checkpoint=checkpoint,
+            train_network(description, architecture, few, OPTIONS, seed=2, checkpoint=checkpoint,
                           progress=kill_after(epoch))  # fmt: skip
-    resumed = train_network(description, architecture, digits, OPTIONS, seed=2, checkpoint=checkpoint)
+    resumed = train_network(description, architecture, few, OPTIONS, seed=2, checkpoint=checkpoint)
     assert equal(undisturbed, resumed)
-    other = train_network(description, architecture, digits, OPTIONS, seed=3)
+    other = train_network(description, architecture, few, OPTIONS, seed=3)
     assert not equal(undisturbed, other)
 
 
@@ -114,28 +120,28 @@ def test_a_network_learns_the_digits(description: Description, digits: Data) -> 
     assert evaluate(trained, digits.test_images, digits.test_labels) > 0.8
 
 
-def test_a_checkpoint_of_another_training_is_refused(description: Description, digits: Data, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_training_is_refused(description: Description, few: Data, tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint.pt"
     short = replace(OPTIONS, epochs=1)
-    train_super_network(description, digits, short, checkpoint=checkpoint)
+    train_super_network(description, few, short, checkpoint=checkpoint)
     for changed in (replace(short, epochs=2), replace(short, dropout=0.0)):
         with pytest.raises(InvalidInput, match="another training"):
-            train_super_network(description, digits, changed, checkpoint=checkpoint)
+            train_super_network(description, few, changed, checkpoint=checkpoint)
     with pytest.raises(InvalidInput, match="another training"):
-        train_super_network(description, digits, short, seed=1, checkpoint=checkpoint)
+        train_super_network(description, few, short, seed=1, checkpoint=checkpoint)
     state = torch.load(checkpoint, weights_only=True)
     assert load_checkpoint(checkpoint, state["identity"])["epoch"] == 1
 
 
-def test_training_from_given_weights(description: Description, digits: Data) -> None:
+def test_training_from_given_weights(description: Description, few: Data) -> None:
     super_network = SuperNetwork(description, seed=4)
     architecture = description.architecture({"stem": (4, 3)})
     initial = slice_network(super_network, architecture)
     slow = replace(OPTIONS, epochs=1, learning_rate=1e-9, weight_decay=0.0, ema_decay=None)
-    trained = train_network(description, architecture, digits, slow, initial=initial)
+    trained = train_network(description, architecture, few, slow, initial=initial)
     assert torch.allclose(trained.nodes[0].weight, initial.nodes[0].weight, atol=1e-5)
     with pytest.raises(InvalidInput, match="another network"):
-        train_network(description, description.space.full, digits, slow, initial=initial)
+        train_network(description, description.space.full, few, slow, initial=initial)
 
 
 def test_images_must_fit_the_network(description: Description) -> None:
@@ -150,7 +156,7 @@ def test_a_loss_that_is_no_number_stops_the_training(description: Description, d
 
 
 def test_options_out_of_range_name_themselves() -> None:
-    for field, value in (("epochs", 0), ("schedule", "step"), ("momentum", 1.0), ("ema_decay", 1.0)):
+    for field, value in (("epochs", 0), ("schedule", "step"), ("momentum", 1.0), ("ema_decay", 1.0), ("kept", 1.0)):
         with pytest.raises(InvalidInput, match=field):
             TrainingOptions(**{field: value})
 
@@ -192,7 +198,11 @@ def test_recalibration_takes_the_statistics_of_the_images(description: Descripti
 
 
 def test_samples_are_evaluated_as_the_super_network_would(description: Description, digits: Data) -> None:
-    super_network = train_super_network(description, digits, replace(OPTIONS, epochs=4, dropout=0.0))
+    super_network = train_super_network(
+        description,
+        digits,
+        replace(OPTIONS, epochs=4, batch_size=32, dropout=0.0, opening=0.5, kept=0.5, shift=0, kernels="batch"),
+    )
     images, labels = digits.held_out_images, digits.held_out_labels
     smallest = Architecture(
         tuple(layer.widths[0] for layer in description.space.layers),
@@ -207,7 +217,7 @@ def test_samples_are_evaluated_as_the_super_network_would(description: Descripti
         for architecture, accuracy in zip(chosen, found, strict=True):
             correct = (super_network(images, architecture).argmax(1) == labels).float().mean()
             assert float(correct) == pytest.approx(accuracy, abs=1 / len(labels))  # one tie may fall either way
-    assert found[0] > 0.3  # it has learned something
     recalibrated = evaluate_architectures(super_network, chosen, images, labels, recalibration=digits.train_images)
     assert len(recalibrated) == 4
+    assert recalibrated[0] > 0.3  # it has learned something
     assert all(torch.equal(state[name], tensor) for name, tensor in super_network.state_dict().items())
