@@ -32,6 +32,8 @@ from search_client.sliced import SlicedNetwork, fresh, slice_network
 CHECKPOINT_FORMAT = 1
 EVALUATION_BATCH = 64
 """Images at once in evaluation: on one core, feature maps of larger batches fall out of the cache."""
+FASTEST = torch.channels_last
+"""Order in memory of feature maps in evaluation: depthwise convolutions run faster with channels last."""
 RMSPROP_ALPHA = 0.9
 RMSPROP_EPSILON = 1e-3
 _ORDER, _SHIFT, _DROPOUT = 0, 1, 2  # streams of random numbers
@@ -424,13 +426,14 @@ def evaluate_architectures(
     """
     known: dict[str, float] = {}
     found = []
+    images = images.contiguous(memory_format=FASTEST)
     for architecture in architectures:
         architecture = super_network.description.canonical(architecture)
         if architecture.key not in known:
             sliced = slice_network(super_network, architecture)
             if recalibration is not None:
                 recalibrate(sliced, recalibration, batch)
-            known[architecture.key] = evaluate(sliced.folded(), images, labels, batch)
+            known[architecture.key] = evaluate(sliced.folded().to(memory_format=FASTEST), images, labels, batch)
         found.append(known[architecture.key])
     return found
 
