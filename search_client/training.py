@@ -433,7 +433,9 @@ def evaluate_architectures(
             sliced = slice_network(super_network, architecture)
             if recalibration is not None:
                 recalibrate(sliced, recalibration, batch)
-            known[architecture.key] = evaluate(sliced.folded().to(memory_format=FASTEST), images, labels, batch)
+            model = sliced.folded()
+            model.to(memory_format=FASTEST)  # type: ignore[call-overload]  # torch's overloads leave it out
+            known[architecture.key] = evaluate(model, images, labels, batch)
         found.append(known[architecture.key])
     return found
 
