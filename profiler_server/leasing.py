@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from math import isclose
 
 from sqlalchemy.orm import Session
 
@@ -16,6 +17,9 @@ from lut_db.storage import queries
 from lut_db.wire import Lease, Report, ReportOutcome
 from profiler_server import scheduling
 from profiler_server.settings import Settings
+
+CANARY_TOLERANCE = 1e-6
+"""Relative difference up to which two latencies of the canary are the same figure, printed and read again."""
 
 
 def grant(
@@ -79,6 +83,7 @@ def compose(session: Session, token: int, settings: Settings) -> Lease | None:
     return Lease(
         token=token, device=record.device, target=queries.read_target(session, record.target), plan=plan,
         operators=tuple(wanted), networks=tuple(networks), fillers=tuple(fillers), known_ms=known_ms,
+        canary_ms=queries.read_canary(session, record.target),
         expires_in_s=max(left.total_seconds(), 0.0),
     )  # fmt: skip
 
@@ -153,7 +158,8 @@ def settle(session: Session, token: int, report: Report, settings: Settings) -> 
 
     Told again, it answers what it answered; told late, it changes nothing. Measurements of the lease that the
     report does not mention go back to the queue, one attempt counted; measurements that the lease did not ask for
-    are left out. Raises NotFound, and InvalidInput where a key comes twice.
+    are left out. Latencies scaled to another canary than the target's tables are refused like those of a device that
+    drifted. Raises NotFound, and InvalidInput where a key comes twice or no canary comes with latencies.
     """
     said: dict[str, Measurement] = {}
     for number, measurement in enumerate(report.measurements):
@@ -161,6 +167,11 @@ def settle(session: Session, token: int, report: Report, settings: Settings) -> 
             raise InvalidInput(
                 f"{measurement.key} comes twice", field=f"measurements.{number}.key", remedy="report each key once"
             )
+    if report.canary_ms is None and any(measurement.failure is None for measurement in report.measurements):
+        raise InvalidInput(
+            "latencies come without the canary's", field="canary_ms",
+            remedy="run the canary between measurements and scale them to it",
+        )  # fmt: skip
     device = queries.lease_device(session, token)
     queries.lock_device(session, device)
     lease = queries.lock_lease(session, token)
@@ -176,11 +187,12 @@ def settle(session: Session, token: int, report: Report, settings: Settings) -> 
     evidence = queries.put_evidence(session, dict(report.evidence))
     jobs = queries.jobs_of(session, [lease])[token]
     silence = Failure(cause="error", message="the report of its lease said nothing of it")
+    disbelief = _disbelief(session, lease.target, report, said)
     measured: list[m.Pending] = []
     failed: list[tuple[m.Pending, Failure]] = []
     for job in jobs:
         told = said.get(job.workload)
-        failure = silence if told is None else told.failure
+        failure = silence if told is None else told.failure or disbelief
         if failure is None:
             measured.append(job)
         else:
@@ -198,6 +210,17 @@ def settle(session: Session, token: int, report: Report, settings: Settings) -> 
     lease.state, lease.rows, lease.requeued = "reported", rows + written, requeued
     session.flush()
     return ReportOutcome(outcome="accepted", rows=lease.rows, requeued=lease.requeued)
+
+
+def _disbelief(session: Session, target: str, report: Report, said: dict[str, Measurement]) -> Failure | None:
+    """Why the latencies of a report are not believed. The first that are believed base the tables on their canary."""
+    if report.canary_ms is None or all(measurement.failure is not None for measurement in said.values()):
+        return None
+    holds = queries.base_on_canary(session, target, report.canary_ms)
+    if isclose(holds, report.canary_ms, rel_tol=CANARY_TOLERANCE):
+        return None
+    told = f"scaled to a canary of {report.canary_ms:.6g} ms; the target's tables are scaled to {holds:.6g} ms"
+    return Failure(cause="drift", message=told)
 
 
 def _dispose(

@@ -118,6 +118,18 @@ def read_target(session: Session, key: str) -> targets.Target:
     return targets.Target.model_validate(record.definition)
 
 
+def read_canary(session: Session, target: str) -> float | None:
+    """The latency in ms of the canary to which a target's tables are scaled, None until a report has set it."""
+    return session.execute(select(m.Target.canary_ms).where(m.Target.key == target)).scalar_one_or_none()
+
+
+def base_on_canary(session: Session, target: str, canary_ms: float) -> float:
+    """Bases a target's tables on this latency of the canary, unless they have one; returns the one that holds."""
+    unset = update(m.Target).where(m.Target.key == target, m.Target.canary_ms.is_(None))
+    session.execute(unset.values(canary_ms=canary_ms).execution_options(synchronize_session=False))
+    return session.execute(select(m.Target.canary_ms).where(m.Target.key == target)).scalar_one() or canary_ms
+
+
 def read_plan(session: Session, key: str) -> plans.Plan:
     """The plan of this key. Raises NotFound."""
     record = session.get(m.Plan, key)

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field, ValidationError
 from sqlalchemy.orm import Session
 
-from lut_db.errors import InvalidInput, StorageError
+from lut_db.errors import Conflict, InvalidInput, StorageError
 from lut_db.estimates import Correction
 from lut_db.measurements import Evidence, Measurement, Value
 from lut_db.operators import Operator
@@ -29,12 +29,13 @@ class SnapshotRow(Value):
 
 
 class SnapshotFile(Value):
-    """A snapshot: one table of a target and plan, as it was frozen, with its correction."""
+    """A snapshot: one table of a target and plan, as it was frozen, with its correction and its canary's latency."""
 
     format: Literal["latency-lab snapshot"] = "latency-lab snapshot"
     vocabulary: Literal[1] = 1
     target: Target
     plan: Plan
+    canary_ms: float | None = Field(default=None, gt=0)
     correction: Correction | None = None
     evidence: tuple[Evidence, ...] = ()
     rows: tuple[SnapshotRow, ...] = Field(default=())
@@ -63,6 +64,7 @@ def export_snapshot(session: Session, number: int) -> SnapshotFile:
         )  # fmt: skip
     return SnapshotFile(
         target=queries.read_target(session, pin.target), plan=queries.read_plan(session, pin.plan),
+        canary_ms=queries.read_canary(session, pin.target),
         correction=queries.read_correction(session, pin.correction),
         evidence=tuple(definition for _, definition in evidence.values()), rows=tuple(rows),
     )  # fmt: skip
@@ -97,9 +99,17 @@ def import_snapshot(session: Session, snapshot: SnapshotFile) -> int:
     """Stores a snapshot as a sealed pin of its own, and returns its number here.
 
     Its rows and its correction become the next revisions of the table; pins that are already there keep theirs.
+    Raises Conflict where the table is scaled to another latency of the canary: the two cannot be mixed.
     """
     target, plan = snapshot.target.key, snapshot.plan.key
     queries.put_targets(session, [snapshot.target])
+    if snapshot.canary_ms is not None:
+        holds = queries.base_on_canary(session, target, snapshot.canary_ms)
+        if holds != snapshot.canary_ms:
+            raise Conflict(
+                f"the rows are scaled to a canary of {snapshot.canary_ms} ms, this database's to {holds} ms",
+                field="canary_ms", remedy="import it into a database of its own",
+            )  # fmt: skip
     queries.put_plan(session, snapshot.plan)
     queries.put_workloads(session, {row.operator.key: row.operator for row in snapshot.rows})
     pin = queries.open_pin(session, target, plan, queries.clock(session))

@@ -62,9 +62,10 @@ class Lab:
         assert lease is not None
         return lease
 
-    def report(self, token: int, *measurements: Measurement) -> ReportOutcome:
+    def report(self, token: int, *measurements: Measurement, canary_ms: float = 0.2) -> ReportOutcome:
         body = {
             "measurements": [measurement.model_dump(mode="json") for measurement in measurements],
+            "canary_ms": canary_ms,
             "evidence": {"load": 0.01},
         }
         answer = self.client.post(f"/v1/leases/{token}/results", json=body)
@@ -375,9 +376,34 @@ def test_reports_are_idempotent(lab: Lab) -> None:
     assert lab.report(lease.token) == ReportOutcome(outcome="repeated", rows=2)
     assert [row.revision for row in lab.rows().rows] == [1, 1]
     assert lab.client.post(f"/v1/leases/{lease.token}/heartbeat").status_code == 409
-    twice = {"measurements": [results[0].model_dump(mode="json")] * 2}
+    bare = {"measurements": [results[0].model_dump(mode="json")]}
+    assert lab.client.post(f"/v1/leases/{lease.token}/results", json=bare).json()["field"] == "canary_ms"
+    twice = {"measurements": [results[0].model_dump(mode="json")] * 2, "canary_ms": 0.2}
     answer = lab.client.post(f"/v1/leases/{lease.token}/results", json=twice)
     assert (answer.status_code, answer.json()["field"]) == (422, "measurements.1.key")
+
+
+def test_a_report_scaled_to_another_canary_is_not_believed(start_server, database_url: str) -> None:
+    """Two devices start on an empty target: the first report sets the canary, the other measures again."""
+    lab = Lab(start_server(database_url, refusal_pause_s=0.1).client)
+    lab.register("bench")
+    lab.register("second")
+    lab.lookup(lab.pin().id, convs(4))
+    first = lab.must_lease("bench", max_operators=1)
+    other = lab.must_lease("second")
+    assert (first.canary_ms, other.canary_ms) == (None, None)
+    refused = lab.report(first.token, failed(first.operators[0].key, "load"), canary_ms=0.5)
+    assert refused.requeued == 1
+    keys = [operator.key for operator in other.operators]
+    assert lab.report(other.token, *map(measured, keys), canary_ms=0.2).rows == 3
+    first = lab.must_lease("bench", wait_s=30.0)
+    assert first.canary_ms == 0.2
+    key = first.operators[0].key
+    outcome = lab.report(first.token, measured(key), canary_ms=0.3)
+    assert outcome == ReportOutcome(outcome="accepted", rows=0, requeued=1)
+    assert "0.3 ms" in (lab.device().reason or "")
+    first = lab.must_lease("bench", wait_s=30.0)
+    assert lab.report(first.token, measured(key), canary_ms=0.2).rows == 1
 
 
 def test_a_restarted_agent_gives_its_lease_up(lab: Lab) -> None:
