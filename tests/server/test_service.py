@@ -91,15 +91,24 @@ class Lab:
 
 
 @pytest.fixture
-def lab(server) -> Lab:
-    made = Lab(server.client)
+def sqlite_url(tmp_path) -> str:
+    return f"sqlite:///{tmp_path / 'service.sqlite'}"
+
+
+@pytest.fixture
+def lab(start_server, sqlite_url: str) -> Lab:
+    """A lab with one device, for what does not depend on the database."""
+    made = Lab(start_server(sqlite_url).client)
     made.register()
     return made
 
 
 @pytest.fixture
-def sqlite_url(tmp_path) -> str:
-    return f"sqlite:///{tmp_path / 'service.sqlite'}"
+def lab_on_both(server) -> Lab:
+    """A lab with one device, on SQLite and on PostgreSQL."""
+    made = Lab(server.client)
+    made.register()
+    return made
 
 
 def again(server, *keys: str, plan: str = PLAN.key) -> None:
@@ -112,7 +121,8 @@ def again(server, *keys: str, plan: str = PLAN.key) -> None:
 # --- devices --------------------------------------------------------------------------------------------------
 
 
-def test_devices_and_targets(lab: Lab) -> None:
+def test_devices_and_targets(lab_on_both: Lab) -> None:
+    lab = lab_on_both
     other = make_target("another machine")
     lab.register("bench", TARGET, other)
     lab.register("bench", TARGET, other)
@@ -184,7 +194,8 @@ def test_silent_devices_are_lost_and_said_to_be(start_server, database_url: str)
 # --- lookups --------------------------------------------------------------------------------------------------
 
 
-def test_from_nothing_to_an_estimate(lab: Lab) -> None:
+def test_from_nothing_to_an_estimate(lab_on_both: Lab) -> None:
+    lab = lab_on_both
     operators = convs(3)
     pin = lab.pin()
     answer = lab.client.post(f"/v1/pins/{pin.id}/lookup", json={"networks": [list(operators)]})
@@ -209,7 +220,8 @@ def test_from_nothing_to_an_estimate(lab: Lab) -> None:
     assert lab.client.get(f"/v1/pins/{pin.id}").json()["rows"] == 3
 
 
-def test_rows_come_in_pages(lab: Lab) -> None:
+def test_rows_come_in_pages(lab_on_both: Lab) -> None:
+    lab = lab_on_both
     lab.lookup(lab.pin().id, convs(5))
     lab.measure()
     seen, after = [], 0
@@ -253,7 +265,8 @@ def test_two_servers_over_one_database(start_server, database_url: str) -> None:
         assert waiting.result().networks[-1].latency_ms == pytest.approx(2.0)
 
 
-def test_many_ask_and_each_is_measured_once(lab: Lab) -> None:
+def test_many_ask_and_each_is_measured_once(lab_on_both: Lab) -> None:
+    lab = lab_on_both
     pins = [lab.pin().id for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
         lookups = list(pool.map(lambda pin: lab.lookup(pin, convs(40)), pins))
@@ -266,7 +279,8 @@ def test_many_ask_and_each_is_measured_once(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 60])
-def test_a_lookup_in_the_table_takes_a_constant_number_of_statements(server, lab: Lab, size: int) -> None:
+def test_a_lookup_in_the_table_takes_a_constant_number_of_statements(server, lab_on_both: Lab, size: int) -> None:
+    lab = lab_on_both
     operators = convs(size)
     pin = lab.pin()
     lab.lookup(pin.id, operators)
@@ -288,7 +302,8 @@ def test_a_lookup_in_the_table_takes_a_constant_number_of_statements(server, lab
 # --- pins -----------------------------------------------------------------------------------------------------
 
 
-def test_a_pin_keeps_what_it_read_whatever_is_measured_later(server, lab: Lab) -> None:
+def test_a_pin_keeps_what_it_read_whatever_is_measured_later(server, lab_on_both: Lab) -> None:
+    lab = lab_on_both
     operators = convs(2)
     old = lab.pin()
     lab.lookup(old.id, operators)
@@ -318,7 +333,9 @@ def test_a_sealed_pin_never_changes(lab: Lab) -> None:
     assert lab.measure() == 0
 
 
-def test_a_correction_that_comes_later_does_not_alter_a_pin(server, lab: Lab) -> None:
+def test_a_correction_that_comes_later_does_not_alter_a_pin(server, lab_on_both: Lab) -> None:
+    lab = lab_on_both
+
     def correct(scale: float) -> None:
         correction = Correction(scale=scale, relative_half_width=0.1, left_out=FIT)
         with server.lab.database.write() as session:
@@ -344,7 +361,8 @@ def test_a_correction_that_comes_later_does_not_alter_a_pin(server, lab: Lab) ->
 # --- leases ---------------------------------------------------------------------------------------------------
 
 
-def test_leases_come_oldest_first_up_to_what_is_asked(lab: Lab) -> None:
+def test_leases_come_oldest_first_up_to_what_is_asked(lab_on_both: Lab) -> None:
+    lab = lab_on_both
     operators = convs(5)
     lab.lookup(lab.pin().id, operators)
     lease = lab.must_lease(max_operators=2)
@@ -357,7 +375,8 @@ def test_leases_come_oldest_first_up_to_what_is_asked(lab: Lab) -> None:
     assert other.token > lease.token
 
 
-def test_known_operators_fill_up_carriers(lab: Lab) -> None:
+def test_known_operators_fill_up_carriers(lab_on_both: Lab) -> None:
+    lab = lab_on_both
     lab.lookup(lab.pin().id, convs(10))
     lab.measure(lambda key: 0.25)
     lab.lookup(lab.pin().id, convs(2, start=10))
@@ -367,7 +386,8 @@ def test_known_operators_fill_up_carriers(lab: Lab) -> None:
     assert set(lease.known_ms.values()) == {0.25}
 
 
-def test_reports_are_idempotent(lab: Lab) -> None:
+def test_reports_are_idempotent(lab_on_both: Lab) -> None:
+    lab = lab_on_both
     lab.lookup(lab.pin().id, convs(2))
     lease = lab.must_lease()
     results = [measured(operator.key) for operator in lease.operators]
@@ -406,7 +426,8 @@ def test_a_report_scaled_to_another_canary_is_not_believed(start_server, databas
     assert lab.report(first.token, measured(key), canary_ms=0.2).rows == 1
 
 
-def test_a_restarted_agent_gives_its_lease_up(lab: Lab) -> None:
+def test_a_restarted_agent_gives_its_lease_up(lab_on_both: Lab) -> None:
+    lab = lab_on_both
     lab.lookup(lab.pin().id, convs(1))
     old = lab.must_lease()
     new = lab.must_lease()
@@ -491,7 +512,8 @@ def test_refused_figures_are_taken_again_and_never_recorded(start_server, databa
     assert lab.device().reason is None
 
 
-def test_failures_are_tried_three_times_unless_nothing_can_help(lab: Lab) -> None:
+def test_failures_are_tried_three_times_unless_nothing_can_help(lab_on_both: Lab) -> None:
+    lab = lab_on_both
     crashing, unsupported, silent = convs(3)
     pin = lab.pin()
     lab.lookup(pin.id, convs(3))
@@ -552,7 +574,8 @@ def calibrate(lab: Lab, networks: list[Any]) -> tuple[int, Calibration]:
     return answer.status_code, Calibration.model_validate(answer.json())
 
 
-def test_a_calibration_is_fitted_once_everything_is_measured(server, lab: Lab) -> None:
+def test_a_calibration_is_fitted_once_everything_is_measured(server, lab_on_both: Lab) -> None:
+    lab = lab_on_both
     networks = [chain(*range(2, 2 + length)) for length in range(1, 13)]
     latencies = {network.key: 1.1 * len(network.nodes) for network in networks}
     status, first = calibrate(lab, networks)
