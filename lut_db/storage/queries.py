@@ -68,8 +68,8 @@ def _each(session: Session, values: Iterable[str]) -> Any:
     if _dialect(session) == "sqlite":
         members = func.json_each(array).table_valued(column("value", Text), column("key"))
         return select(members.c.value, members.c.key.label("position")).subquery()
-    members = func.jsonb_array_elements_text(cast(array, JSONB))
-    return members.table_valued(column("value", Text), with_ordinality="position").render_derived()
+    elements = func.jsonb_array_elements_text(cast(array, JSONB))
+    return elements.table_valued(column("value", Text), with_ordinality="position").render_derived()
 
 
 def _changed(result: Any) -> int:
