@@ -41,7 +41,9 @@ def _limit() -> None:
 
 
 def _end_with_the_agent() -> None:
-    sys.stdin.buffer.read()
+    # Not through sys.stdin: its lock, held here, would abort the interpreter when it shuts down.
+    while os.read(0, 1):
+        continue
     os._exit(3)
 
 
