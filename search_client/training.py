@@ -23,7 +23,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lut_db.errors import InvalidInput, LatencyLabError
 from search_client.architecture import Architecture
-from search_client.data.dataset import Data
+from search_client.data import Data
 from search_client.description import Description
 from search_client.elastic import Sample, SuperNetwork
 from search_client.ordered_dropout import KernelMode, draw

@@ -10,7 +10,7 @@ from sklearn.model_selection import train_test_split
 from torch.nn import functional
 
 from lut_db.errors import InvalidInput
-from search_client.data.dataset import Data
+from search_client.data import Data
 
 BRIGHTEST = 16.0
 """Value of a fully inked pixel in the data set."""
