@@ -37,7 +37,7 @@ def upgrade() -> None:
         "targets",
         sa.Column("key", sa.String(length=16), nullable=False),
         sa.Column("definition", sa.JSON(none_as_null=True), nullable=False),
-        sa.Column("canary_ms", sa.Float(), nullable=True),
+        sa.Column("canary_ms", sa.Double(), nullable=True),
         sa.PrimaryKeyConstraint("key", name=op.f("pk_targets")),
     )
     op.create_table(
