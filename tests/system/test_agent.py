@@ -1,0 +1,69 @@
+"""Agents and servers that die while a lease is measured: every operator still ends with exactly one row."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+from processes import Processes, child_of, kill, operators, wait_until
+
+OPERATORS = operators(6)
+
+
+def test_the_lease_of_a_killed_agent_expires_and_another_one_measures(tmp_path: Path) -> None:
+    with Processes(tmp_path, PROFILER_LEASE_S="2") as lab:
+        lab.start_server()
+        agent = lab.start_agent("first")
+        lab.ask(lab.open_pin(), OPERATORS)
+        child = child_of(agent)
+        kill(agent)
+        wait_until(lambda: not child.is_running(), "the measuring process ends with its agent")
+        assert not lab.rows()
+        lab.start_agent("second")
+        lab.wait_for_rows(OPERATORS)
+        lost, *later = lab.leases()
+        assert (lost.device, lost.state) == ("first", "expired")
+        assert {(lease.device, lease.state) for lease in later} == {("second", "reported")}
+
+
+def test_a_killed_measuring_process_costs_its_lease_and_not_the_agent(tmp_path: Path) -> None:
+    with Processes(tmp_path) as lab:
+        lab.start_server()
+        agent = lab.start_agent()
+        lab.ask(lab.open_pin(), OPERATORS)
+        child_of(agent).kill()
+        lab.wait_for_rows(OPERATORS)
+        assert agent.poll() is None
+        first, *later = lab.leases()
+        assert (first.state, first.rows, first.requeued) == ("reported", 0, len(OPERATORS))
+        assert sum(lease.rows for lease in later) == len(OPERATORS)
+        assert "crashed: the measuring process was ended by SIGKILL" in lab.log("bench")
+
+
+def test_an_agent_that_is_told_to_stop_gives_its_lease_back(tmp_path: Path) -> None:
+    with Processes(tmp_path) as lab:
+        lab.start_server()
+        agent = lab.start_agent()
+        lab.ask(lab.open_pin(), OPERATORS)
+        child = child_of(agent)
+        agent.send_signal(signal.SIGTERM)
+        assert agent.wait() == 0
+        assert not child.is_running()
+        assert [lease.state for lease in lab.leases()] == ["released"]
+        assert [(job.lease, job.attempts) for job in lab.queue()] == [(None, 0)] * len(OPERATORS)
+        lab.start_agent()
+        lab.wait_for_rows(OPERATORS)
+
+
+def test_an_agent_goes_on_with_its_lease_when_the_server_was_killed(tmp_path: Path) -> None:
+    with Processes(tmp_path) as lab:
+        server = lab.start_server()
+        agent = lab.start_agent()
+        lab.ask(lab.open_pin(), OPERATORS)
+        child_of(agent)
+        kill(server)
+        lab.start_server()
+        lab.wait_for_rows(OPERATORS)
+        assert agent.poll() is None
+        (lease,) = lab.leases()
+        assert (lease.state, lease.rows) == ("reported", len(OPERATORS))
