@@ -3,7 +3,7 @@
 Alone in a graph an operator pays for things that a network pays once (layout conversions, cold caches), so
 isolated latencies do not add up. A carrier is a random walk over operators whose shapes fit, which looks like
 a network because the operators of a search do fit each other. Where nothing fits, an *adapter* (a convolution
-1 x 1, as cheap as shapes allow, whose time is thrown away) leads on to an operator that still needs a place.
+1 x 1 with ReLU, as cheap as shapes allow, whose time is thrown away) leads on to an operator that still needs a place.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ from lut_db.operators import BaseOperator, Convolution, GlobalPool, Linear, Oper
 
 MAX_FILLERS_IN_A_ROW = 3
 """How far a carrier may walk over operators that need no more places, to reach one that does."""
+
+SHORTEST = 12
+"""Operators of a carrier at least, where there are that many to fill it up with."""
+
+FUSED_INTO_CONVOLUTIONS = frozenset({"add", "activation"})
 
 IMAGE_CHANNELS = 8
 """Channels of a carrier's input: enough for a runtime's blocked layout, so that the first adapter is ordinary."""
@@ -62,12 +67,17 @@ class _Packer:
     def pack(self) -> list[Carrier]:
         packed = []
         while +self.need:
-            packed.append(self._carrier())
+            # A carrier that begins with a known operator shows what follows it in no privileged place.
+            before = (+self.need).total()
+            begun = self._known_start()
+            carrier = self._carrier(begun) if begun is not None else None
+            if carrier is None or (+self.need).total() == before:
+                carrier = self._carrier(self._start())
+            packed.append(carrier)
         return packed
 
-    def _carrier(self) -> Carrier:
+    def _carrier(self, start: Operator) -> Carrier:
         walk = _Walk(self.rng)
-        start = self._start()
         current = walk.enter(start)
         operator: Operator | None = start
         used: set[str] = set()
@@ -86,6 +96,15 @@ class _Packer:
                 break
             operator = self._fitting(walk, current, used, allow_fillers=in_a_row < MAX_FILLERS_IN_A_ROW)
         return Carrier(walk.finish(current), walk.places)
+
+    def _known_start(self) -> Operator | None:
+        """A known operator to begin with, if few operators need a place: no larger map than theirs, nor smaller."""
+        needing = self._needing()
+        if len(needing) * 2 >= self.length:
+            return None
+        size = max(_size(_main_input(operator)) for operator in needing)
+        known = [o for o in self.operators.values() if self.need[o.key] <= 0 and _size(_main_input(o)) == size]
+        return self.rng.choice(known) if known else None
 
     def _needing(self, used: Iterable[str] = ()) -> list[Operator]:
         used = set(used)
@@ -114,12 +133,20 @@ class _Packer:
             for operator in fitting
             if any(self.need[o.key] > 0 and o.key not in used for o in self.by_input.get(operator.output, []))
         ]
-        return self.rng.choice(leading) if leading else None
+        if leading or len(walk.places) >= min(self.length, SHORTEST):
+            return self.rng.choice(leading) if leading else None
+        return self.rng.choice(fitting) if fitting else None
 
     def _adapt(self, walk: _Walk, current: int, used: set[str]) -> tuple[Operator, int] | None:
-        """Leads on by an adapter to an operator that needs a place, the largest map first; None if there is none."""
+        """Leads on by an adapter to an operator that needs a place, the largest map first; None if there is none.
+
+        A short carrier goes on to any operator: what is timed in it should have neighbours.
+        """
         here = walk.shape(current)
         reachable = [o for o in self._needing(used) if _can_adapt(here, _main_input(o))]
+        if not reachable and len(walk.places) < min(self.length, SHORTEST):
+            unused = [operator for key, operator in self.operators.items() if key not in used]
+            reachable = [operator for operator in unused if _can_adapt(here, _main_input(operator))]
         largest = max((_size(_main_input(operator)) for operator in reachable), default=0)
         reachable = [o for o in reachable if _size(_main_input(o)) == largest]
         self.rng.shuffle(reachable)
@@ -189,17 +216,29 @@ class _Walk:
                 return self._keep(tensor)
         if len(shape) == 2:
             return self._keep(self._add(Linear(input=here, features=shape[1]), tensor))
-        adapter = Convolution(input=here, filters=shape[1], kernel=(1, 1), stride=_strides(here, shape))
+        adapter = Convolution(
+            input=here, filters=shape[1], kernel=(1, 1), stride=_strides(here, shape), activation="relu"
+        )
         return self._keep(self._add(adapter, tensor))
 
     def _add(self, operator: Operator, *inputs: int) -> int:
         self.read.update(inputs)
         return self.build.add(operator, *inputs)
 
+    def _would_fuse(self, operator: Operator, tensor: int) -> bool:
+        """Whether a runtime would fuse the operator into what makes its input: then its time could not be read.
+
+        In a network such a pair is one operator already: a convolution with its activation, or its residual.
+        """
+        if operator.kind not in FUSED_INTO_CONVOLUTIONS or tensor < self.inputs:
+            return False
+        maker = self.build.operator(tensor)
+        return isinstance(maker, Convolution) and maker.activation == "none"
+
     def _second_input(self, operator: Operator, current: int) -> int | None:
         """A tensor other than `current` for the second input: the latest that fits, as a block's shortcut is."""
-        wanted = operator.inputs[1]
-        return next((t for t in reversed(self.tensors.get(wanted, [])) if t != current), None)
+        fitting = reversed(self.tensors.get(operator.inputs[1], []))
+        return next((t for t in fitting if t != current and not self._would_fuse(operator, t)), None)
 
     def _origin(self, operator: Operator) -> int | None:
         """A tensor from which an adapter can make the second input: the smallest map, then the narrowest."""
@@ -207,6 +246,8 @@ class _Walk:
         return self.tensors[min(origins, key=lambda shape: (_size(shape), shape[1]))][-1] if origins else None
 
     def can_place(self, operator: Operator, current: int) -> bool:
+        if self._would_fuse(operator, current):
+            return False
         return (
             len(operator.inputs) == 1
             or self._second_input(operator, current) is not None

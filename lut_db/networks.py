@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
 
 from pydantic import Field, model_validator
@@ -135,11 +134,12 @@ class NetworkBuilder:
             return self._inputs[tensor]
         return self._nodes[tensor - len(self._inputs)].operator.output
 
+    def operator(self, tensor: int) -> Operator:
+        """The operator that makes a tensor."""
+        return self._nodes[tensor - len(self._inputs)].operator
+
     def __len__(self) -> int:
         return len(self._nodes)
-
-    def __iter__(self) -> Iterator[Node]:
-        return iter(self._nodes)
 
     def network(self, *outputs: int) -> Network:
         """The finished network; without `outputs` it returns what its last node makes."""

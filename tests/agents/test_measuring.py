@@ -1,0 +1,145 @@
+"""Every backend that is found measures every kind of operator, and fails as a value."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from device_agents import backends
+from device_agents.backends import Options, Unsupported
+from device_agents.measuring import measure
+from lut_db.canary import canary
+from lut_db.errors import InvalidInput
+from lut_db.networks import Network
+from lut_db.operators import (
+    KINDS,
+    Activate,
+    Add,
+    ChannelBypass,
+    Convolution,
+    GlobalPool,
+    Linear,
+    Operator,
+    Pool,
+    ResidualAdd,
+    SqueezeExcite,
+    Upsample,
+    same_padding,
+)
+from lut_db.plans import Plan
+from lut_db.wire import Lease
+
+MAP = (1, 16, 14, 14)
+ONE_OF_EACH: tuple[Operator, ...] = (
+    Convolution(input=MAP, filters=16, kernel=(3, 3), padding=same_padding(3), activation="hard_swish"),
+    Convolution(input=MAP, filters=16, kernel=(1, 1), residual=True),
+    ChannelBypass(input=MAP, filters=8, kernel=(3, 3), padding=same_padding(3), limit=12, activation="relu"),
+    ChannelBypass(input=MAP, filters=0, kernel=(1, 1), stride=(2, 2)),
+    SqueezeExcite(input=MAP, squeeze=8),
+    ResidualAdd(input=MAP, shortcut_channels=24),
+    Add(input=MAP),
+    Pool(input=MAP, mode="average", kernel=(2, 2), stride=(2, 2)),
+    Upsample(input=MAP, scale=2),
+    Activate(input=MAP, activation="relu"),
+    GlobalPool(input=MAP),
+    Linear(input=(1, 16), features=32),
+)
+# Other tests may run beside these: what is tested is that figures come, not that they are quiet.
+CALM = {"load_tolerance": 64.0, "drift_tolerance": 50.0}
+LIGHT = {"warmup_runs": 1, "round_runs": 2, "min_runs": 6, "max_runs": 6, **CALM}
+
+
+@pytest.fixture(params=backends.names())
+def backend(request: pytest.FixtureRequest) -> backends.Backend:
+    return backends.create(request.param, Options())
+
+
+def lease(backend: backends.Backend, plan: Plan, **fields) -> Lease:
+    return Lease(token=1, device="here", target=backend.target(), plan=plan, expires_in_s=60, **fields)
+
+
+@pytest.mark.parametrize("context", ["in_context", "isolated"])
+def test_every_kind_is_measured(backend: backends.Backend, context: str) -> None:
+    assert {operator.kind for operator in ONE_OF_EACH} == set(KINDS)
+    plan = Plan(context=context, carriers=2, **LIGHT)
+    report = measure(backend, lease(backend, plan, operators=ONE_OF_EACH))
+    assert [m.key for m in report.measurements] == [operator.key for operator in ONE_OF_EACH]
+    for operator, measurement in zip(ONE_OF_EACH, report.measurements, strict=True):
+        assert measurement.failure is None, (operator, measurement.failure)
+        assert (measurement.latency_ms or 0) > 0
+        assert len(measurement.samples) >= 2
+        assert all(len(found.samples_ms) == 6 for found in measurement.samples)
+    assert report.canary_ms is not None
+    assert report.evidence["threads"] == 1
+    assert report.evidence["cpu_model"]
+
+
+def test_whole_networks_are_measured(backend: backends.Backend) -> None:
+    plan = Plan(context="whole", carriers=2, **LIGHT)
+    report = measure(backend, lease(backend, plan, networks=(canary(),), canary_ms=1.0))
+    (measurement,) = report.measurements
+    assert measurement.key == canary().key
+    assert len(measurement.samples) == 2
+    assert report.canary_ms == 1.0
+
+    assert (measurement.latency_ms or 0) > 0
+
+
+def test_known_operators_show_drift(backend: backends.Backend) -> None:
+    wanted, filler = ONE_OF_EACH[0], ONE_OF_EACH[4]
+    plan = Plan(carriers=3, **LIGHT)
+    asked = lease(backend, plan, operators=(wanted,), fillers=(filler,), known_ms={filler.key: 1e-6})
+    report = measure(backend, asked)
+    assert [m.key for m in report.measurements] == [wanted.key]
+    assert report.evidence["filler_drift"] > 1
+
+
+def test_a_busy_machine_is_refused(backend: backends.Backend) -> None:
+    plan = Plan(**{**LIGHT, "load_tolerance": 1e-9, "max_runs": 40, "min_runs": 40})
+    busy = measure(backend, lease(backend, plan, operators=ONE_OF_EACH))
+    assert {m.failure.cause for m in busy.measurements if m.failure} == {"load"}
+    assert busy.canary_ms is None
+
+
+def test_another_speed_is_refused(backend: backends.Backend) -> None:
+    plan = Plan(**{**LIGHT, "drift_tolerance": 0.5})
+    report = measure(backend, lease(backend, plan, operators=ONE_OF_EACH[:1], canary_ms=1e-3))
+    assert [m.failure.cause for m in report.measurements if m.failure] == ["drift"]
+    assert "reference" in (report.measurements[0].failure.message if report.measurements[0].failure else "")
+
+
+def test_what_does_not_load_is_a_failure_and_the_rest_is_measured(
+    backend: backends.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = ONE_OF_EACH[0], ONE_OF_EACH[4]
+    load = backend.load
+
+    def refusing(network: Network, *, profile: bool) -> backends.Loaded:
+        if bad in network.operators:
+            raise Unsupported("no such thing here")
+        return load(network, profile=profile)
+
+    monkeypatch.setattr(backend, "load", refusing)
+    plan = Plan(context="isolated", carriers=1, **LIGHT)
+    report = measure(backend, lease(backend, plan, operators=(bad, good)))
+    assert report.measurements[0].failure is not None
+    assert report.measurements[0].failure.cause == "unsupported"
+    assert report.measurements[1].latency_ms is not None
+
+
+def test_a_profile_adds_up_over_the_nodes(backend: backends.Backend) -> None:
+    loaded = backend.load(canary(), profile=True)
+    for _ in range(4):
+        loaded.run()
+    times = loaded.node_times()
+    assert times.total_ms.shape == times.layout_ms.shape == (4, len(canary().nodes))
+    assert np.all(times.layout_ms <= times.total_ms)
+    assert np.all(times.total_ms.sum(axis=0) > 0)
+    assert times.events.shape == (len(canary().nodes),)
+
+
+def test_a_backend_that_does_not_exist() -> None:
+    with pytest.raises(InvalidInput, match="cpu-onnxruntime"):
+        backends.create("abacus", Options())
+    with pytest.raises(InvalidInput, match="graph_optimization"):
+        backends.create("cpu-onnxruntime", Options(settings={"colour": "red"}))
