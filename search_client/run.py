@@ -54,6 +54,9 @@ from search_client.sliced import SlicedNetwork, export_onnx
 FORMAT = 1
 DATABASE = "latency-lab.sqlite"
 CALIBRATION_TRIES = 50
+CALIBRATION_REACH = 0.5
+"""The smallest network of a calibration, as a share of the budget, in multiply-accumulates."""
+SMALLEST_SHARE = 0.1
 STEPS = ("super_network", "samples", "discovered_network", "initial_network")
 
 Result = dict[str, Any]
@@ -447,7 +450,9 @@ class _Search:
             return
         client, count = self._service(), self.recipe.calibration.networks
         if count and client.correction is None:
-            drawn = calibration_architectures(self.description, count, self.recipe.seed)
+            # Latency falls more slowly than multiply-accumulates do: operators cost something for being there.
+            share = CALIBRATION_REACH * (self.config.budget_ratio or SMALLEST_SHARE)
+            drawn = calibration_architectures(self.description, count, self.recipe.seed, max(share, SMALLEST_SHARE))
             fitted = client.calibrate([self.description.network(one) for one in drawn], self.recipe.latency.whole)
             self._tell_calibration(fitted)
         self.folder.facts["calibrated"] = True
@@ -646,30 +651,41 @@ def _layers(space: SearchSpace) -> list[dict[str, Any]]:
     ]
 
 
-def calibration_architectures(description: Description, count: int, seed: int) -> list[Architecture]:
-    """The networks that a correction is fitted on: the full one, then ever more random ones, down to small ones.
+def calibration_architectures(description: Description, count: int, seed: int, share: float) -> list[Architecture]:
+    """The networks that a correction is fitted on: the full one, and sub-networks such as MCD makes on its way down.
 
-    In the n-th of `count`, each layer is drawn anew with probability n / count. All are distinct networks.
+    Each shrinks random layers, one after another, by a random number of random single steps, until it keeps its
+    share of the full network's multiply-accumulates; the shares fall evenly to `share`. All are distinct networks.
+    A correction holds where it was fitted, so `share` should lie beyond where the search will end.
     """
     space, draw = description.space, random.Random(f"calibration {seed}").random
-    found = {(full := description.canonical(space.full)).key: full}
-    for tried in range(CALIBRATION_TRIES * count):
-        if len(found) >= count:
-            break
-        # A try that came out as a network that is there already moves on towards more change.
-        probability = min(1.0, (len(found) + tried // count) / count)
-        architecture = space.full
-        for number, layer in enumerate(space.layers):
-            if draw() < probability and number == space.tied(number)[0]:
-                width = layer.widths[int(draw() * len(layer.widths))]
-                for other in space.tied(number):
-                    architecture = architecture.with_width(other, width)
-                architecture = architecture.with_kernel(number, layer.kernels[int(draw() * len(layer.kernels))])
-        architecture = description.canonical(architecture)
-        with contextlib.suppress(InvalidInput):
-            description.network(architecture)
-            found[architecture.key] = architecture
+    full = description.canonical(space.full)
+    full_macs = description.network(full).macs
+    found = {full.key: full}
+    tries = 0
+    while len(found) < count and tries < CALIBRATION_TRIES * count:
+        tries += 1
+        least = full_macs * (1 - (1 - share) * len(found) / (count - 1))
+        current = full
+        while (options := _shrinkable(space, current)) and description.network(current).macs > least:
+            layer = options[int(draw() * len(options))]
+            following = current
+            for _ in range(1 + int(draw() * (len(space.layers[layer].widths) - 1))):
+                steps = space.shrink(following, layer)
+                if not steps:
+                    break
+                following = steps[int(draw() * len(steps))]
+            try:
+                description.network(following)
+            except InvalidInput:  # it would leave a layer without channels
+                break
+            current = description.canonical(following)
+        found.setdefault(current.key, current)
     return list(found.values())
+
+
+def _shrinkable(space: SearchSpace, architecture: Architecture) -> list[int]:
+    return [layer for layer in range(len(space.layers)) if space.shrink(architecture, layer)]
 
 
 def choose_target(states: Sequence[TargetState], wanted: dict[str, str]) -> str:
