@@ -165,7 +165,7 @@ def test_a_budget_out_of_reach_is_refused_before_the_search(
 
 def test_an_iteration_is_a_handful_of_calls() -> None:
     space = make_space(layers=20, kernels=(3, 5, 7))
-    config = Config(samples=200, layers=10, reduction=0.03, budget_ratio=0.5)
+    config = Config(samples=80, layers=10, reduction=0.03, budget_ratio=0.5)
     cost = Counted(1.0)
     state = mcd.start(config, space, cost, quality)
     cost.calls = 0
