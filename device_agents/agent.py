@@ -64,7 +64,10 @@ class Agent:
 
     def run(self) -> None:
         target = self.backend.target()
-        with httpx.Client(base_url=self.server.rstrip("/") + API, timeout=REQUEST_TIMEOUT_S) as http:
+        # A proxy from the environment has no business between two processes of one machine.
+        local = httpx.URL(self.server).host in ("127.0.0.1", "localhost", "::1")
+        base_url = self.server.rstrip("/") + API
+        with httpx.Client(base_url=base_url, timeout=REQUEST_TIMEOUT_S, trust_env=not local) as http:
             try:
                 self._register(http, target)
                 print(f"registered {self.name} as {target.key}", flush=True)

@@ -86,3 +86,7 @@ def _add(backend: str) -> None:
 
 for _name in backends.names():
     _add(_name)
+
+
+if __name__ == "__main__":
+    app()
