@@ -113,14 +113,15 @@ class Counters:
     """What a client asked for and what came of it.
 
     `lookups` counts the operators of all networks estimated, each as often as it occurs; `operators` the distinct
-    ones among them, `measured` those that had to be measured because of this client. `requests` are HTTP requests,
-    repeated ones (`retries`) included.
+    ones among them, `measured` those that had to be measured because of this client; `calibrated` are operators that
+    had to be measured for a calibration. `requests` are HTTP requests, repeated ones (`retries`) included.
     """
 
     networks: int = 0
     lookups: int = 0
     operators: int = 0
     measured: int = 0
+    calibrated: int = 0
     failed: int = 0
     whole_networks: int = 0
     whole_networks_measured: int = 0
@@ -383,25 +384,30 @@ class ProfilerClient:
         Raises ServiceFault with the reason where no correction could be fitted.
         """
         request = CalibrationRequest(plan=self.pin.plan, whole=whole, networks=tuple(networks))
+        self.measure_networks(networks, whole)  # what then is pending are operators
         with self._waiting():
             return self._calibrate(request)
 
     def _calibrate(self, request: CalibrationRequest) -> Calibration:
         answer = self._post(f"{API}/targets/{self.pin.target}/calibrations", request, Calibration)
-        total = max(answer.pending, 1)
+        total = answer.pending
         patience = _Patience(self._patience_s)
         while answer.state == "measuring":
             answer = self._get(f"{API}/calibrations/{answer.id}", Calibration, self._poll_s)
             total = max(total, answer.pending)
-            self._tell(Waiting("calibration", answer.pending, total, answer.waiting_for))
+            self._tell(Waiting("operators", answer.pending, total, answer.waiting_for))
             if answer.state == "measuring" and patience.out(answer.pending):
                 raise StillPending(
                     f"calibration {answer.id} waits for {answer.pending} measurements on target {answer.target} "
                     f"since {self._patience_s:.0f} s; the service says: {answer.waiting_for or 'nothing'}",
                     remedy=self._agent_remedy,
                 )
+        self.counters.calibrated += total
         if answer.state == "failed" or answer.correction is None:
-            raise ServiceFault(f"calibration {answer.id} failed: {answer.message or 'no reason given'}")
+            raise ServiceFault(
+                f"calibration {answer.id} failed: {answer.message or 'no reason given'}",
+                remedy="a recipe with calibration: {networks: 0} does without a correction",
+            )
         return answer
 
     # --- the wire ---------------------------------------------------------------------------------------------

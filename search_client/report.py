@@ -129,13 +129,21 @@ def draw_trade_off(axes: Axes, result: Result) -> None:
     axes.axvline(result["budget"], color=ORANGE, linewidth=1.2, linestyle=(0, (4, 3)), zorder=2)
     axes.annotate(
         f"budget {number(result['budget'], unit)}", (result["budget"], 0), xycoords=("data", "axes fraction"),
-        xytext=(5, 6), textcoords="offset points", color=ORANGE, fontsize=8.5,
+        xytext=(5, 22), textcoords="offset points", color=ORANGE, fontsize=8.5,
     )  # fmt: skip
     for entry, label, color in ((trajectory[0], "initial", INK), (trajectory[-1], "discovered", GREEN)):
         axes.scatter([entry["cost"]], [100 * entry["quality"]], s=60, color=color, zorder=4, label=label)
     axes.set_xlabel(f"{result['metric']['name']} ({unit})")
     axes.set_ylabel("held-out accuracy, super-network (%)")
     axes.margins(0.06, 0.1)
+    # A sample that lost its head says no more than that: the scale is for those that matter.
+    least = min(qualities) - max(1.5 * (max(qualities) - min(qualities)), 6.0)
+    below = sum(100 * one["quality"] < least for one in tried)
+    if below:
+        axes.set_ylim(bottom=least)
+        axes.annotate(
+            f"{below} samples lie below", (0.02, 0.02), xycoords="axes fraction", color=MUTED, fontsize=8.5
+        )  # fmt: skip
     axes.legend(loc="lower right", fontsize=8.5)
 
 

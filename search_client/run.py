@@ -9,8 +9,8 @@ Everything lies in one run folder, written so that a search that is killed at an
 
 Names in `result.json`: `initial` and `discovered` hold accuracy (on test images), latency_ms (measured whole),
 latency_half_width_ms, predicted_latency_ms, predicted_low_ms, predicted_high_ms, cost (in `metric.unit`), macs,
-parameters, operators, architecture; `service` holds operators_measured, lookups and
-lookups_answered_without_measuring; `seconds` holds super_network, samples, discovered_network and total;
+parameters, operators, architecture; `service` holds operators_measured (those of the calibration included), lookups
+and lookups_answered_without_measuring; `seconds` holds super_network, samples, discovered_network and total;
 `trajectory` is what trajectory.jsonl holds.
 """
 
@@ -360,9 +360,12 @@ class _Search:
         shown: dict[str, Task] = {}
 
         def tell(waiting: Waiting) -> None:
+            if waiting.total == 0:
+                return
             if waiting.things not in shown:
-                label = "calibration" if waiting.things == "calibration" else f"measuring {waiting.things}"
-                shown[waiting.things] = stack.enter_context(self.reporter.task(label, waiting.total))
+                shown[waiting.things] = stack.enter_context(
+                    self.reporter.task(f"measuring {waiting.things}", waiting.total)
+                )
             shown[waiting.things].update(waiting.total - waiting.pending, waiting.total, waiting.reason or "")
             if waiting.pending == 0:
                 stack.close()
@@ -612,7 +615,7 @@ class _Search:
                 "networks": counters["networks"],
                 "lookups": counters["lookups"],
                 "lookups_answered_without_measuring": counters["answered_without_measuring"],
-                "operators_measured": counters["measured"],
+                "operators_measured": counters["measured"] + counters["calibrated"],
                 "operators_failed": counters["failed"],
                 "whole_networks_measured": counters["whole_networks_measured"],
                 "requests": counters["requests"],

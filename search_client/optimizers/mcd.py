@@ -11,7 +11,7 @@ that the target does not need is taken back. The sample of the highest quality b
 Everything here is a pure function of its arguments. Random numbers are a function of (seed, iteration, sample,
 redraw) alone, so the state after any iteration is all that is needed to go on bit for bit. A path of random steps
 does not depend on costs: the J samples of an iteration advance in lock-step, several steps ahead, and each round
-is one call of `cost` for all of them, whatever a single answer costs (a request over a network, say).
+is one call of `cost` for all of them, because an answer may cost a request over a network, and a measurement.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from lut_db.errors import InvalidInput, LatencyLabError
@@ -50,9 +51,9 @@ class Config:
     `samples` is J, `layers` is L, `reduction` is r0 and `decay` its factor per iteration. The budget is either
     `budget_ratio` of the initial cost or `budget` in the unit of the cost. With `relative` the reduction is taken
     of the previous target instead of the initial cost: R_t = R_{t-1} * (1 - r0 * decay^(t-1)). A sample whose
-    layers are exhausted before they meet the target is drawn again, `redraws` times at most. `look_ahead` steps of
-    every sample are costed in one call; it changes the number of calls and no result. With `each_layer` the k-th
-    sample shrinks layer k (SCD) instead of a random choice.
+    layers are exhausted before they meet the target is drawn again, `redraws` times at most. One call of the cost
+    asks for about `look_ahead` architectures a sample; this changes the number of calls and no result. With
+    `each_layer` the k-th sample shrinks layer k (SCD) instead of a random choice.
     """
 
     samples: int
@@ -314,104 +315,85 @@ class _Costs:
         for key, answer in zip(missing, answers, strict=True):
             self.known[key] = math.inf if answer is None or math.isnan(answer) else answer
 
+    def __contains__(self, architecture: Architecture) -> bool:
+        return self.canonical(architecture).key in self.known
+
     def __getitem__(self, architecture: Architecture) -> float:
         return self.known[self.canonical(architecture).key]
-
-
-@dataclass
-class _Sample:
-    """A sample on its way: its path of random steps, and how far along it the target was still missed."""
-
-    number: int
-    redraw: int
-    steps: list[_Step]
-    path: list[Architecture]
-    position: int = 0
 
 
 def _draw(
     base: Architecture, iteration: int, target: float, config: Config, space: SearchSpace, costs: _Costs
 ) -> list[Architecture]:
     """The samples of an iteration that meet its target, in the order of their numbers."""
-    found: dict[int, _Sample] = {}
-    running = [
-        sample
-        for number in range(config.samples)
-        if (sample := _path(base, iteration, number, 0, config, space)) is not None
-    ]
+    window = config.look_ahead * config.samples
+    running = {number: _path(base, iteration, number, config, space) for number in range(config.samples)}
+    found: dict[int, list[_Step]] = {}
     while running:
-        costs.ask(
-            [one for sample in running for one in sample.path[sample.position : sample.position + config.look_ahead]]
-        )
-        still: list[_Sample] = []
-        for sample in running:
-            ahead = sample.path[sample.position : sample.position + config.look_ahead]
-            met = next((step for step, one in enumerate(ahead) if costs[one] <= target), None)
+        # As many architectures a round as at first: the fewer samples are left, the further each looks ahead.
+        ahead = {number: list(islice(path, window // len(running))) for number, path in running.items()}
+        costs.ask([one for points in ahead.values() for one, _ in points])
+        for number, points in ahead.items():
+            met = next((steps for one, steps in points if costs[one] <= target), None)
             if met is not None:
-                sample.position += met + 1
-                sample.steps = sample.steps[: sample.position]
-                found[sample.number] = sample
-                continue
-            sample.position += len(ahead)
-            if sample.position < len(sample.path):
-                still.append(sample)
-            elif sample.redraw < config.redraws:
-                again = _path(base, iteration, sample.number, sample.redraw + 1, config, space)
-                if again is not None:
-                    still.append(again)
-        running = still
-    return _take_back(base, target, [found[number] for number in sorted(found)], space, costs)
+                found[number] = met
+            if met is not None or not points:
+                del running[number]
+    return _take_back(base, target, [found[number] for number in sorted(found)], window, space, costs)
 
 
 def _take_back(
-    base: Architecture, target: float, samples: list[_Sample], space: SearchSpace, costs: _Costs
+    base: Architecture, target: float, samples: list[list[_Step]], window: int, space: SearchSpace, costs: _Costs
 ) -> list[Architecture]:
     """Takes back, first step first, every step without which a sample still meets the target."""
+    samples = [list(steps) for steps in samples]
     tried = [0] * len(samples)
-    while True:
-        trials = {
-            number: [
-                _replay(base, [*sample.steps[:undone], *sample.steps[undone + 1 :]], space)
-                for undone in range(tried[number], len(sample.steps))
-            ]
-            for number, sample in enumerate(samples)
-        }
-        if not any(trials.values()):
-            return [_replay(base, sample.steps, space) for sample in samples]
-        costs.ask([one for trial in trials.values() for one in trial])
-        for number, trial in trials.items():
-            met = next((offset for offset, one in enumerate(trial) if costs[one] <= target), None)
-            if met is None:
-                tried[number] = len(samples[number].steps)
-            else:
-                # Steps before this one were found needed; those after it now stand in its place.
-                tried[number] += met
-                del samples[number].steps[tried[number]]
+
+    def without(number: int, *undone: int) -> Architecture:
+        return _replay(base, [one for index, one in enumerate(samples[number]) if index not in undone], space)
+
+    while running := [number for number, steps in enumerate(samples) if tried[number] < len(steps)]:
+        wanted = [
+            without(number, undone) for number in running for undone in range(tried[number], len(samples[number]))
+        ]
+        for number in running:  # and what is asked next where one step can be taken back, as far as the round goes
+            if len(wanted) >= window:
+                break
+            rest = range(tried[number], len(samples[number]))
+            wanted += [without(number, undone, other) for undone in rest for other in rest if other > undone]
+        costs.ask(wanted)
+        for number in running:
+            while tried[number] < len(samples[number]):
+                trial = without(number, tried[number])
+                if trial not in costs:
+                    break
+                if costs[trial] <= target:
+                    del samples[number][tried[number]]
+                else:
+                    tried[number] += 1
+    return [_replay(base, steps, space) for steps in samples]
 
 
 def _path(
-    base: Architecture, iteration: int, number: int, redraw: int, config: Config, space: SearchSpace
-) -> _Sample | None:
-    """All the random steps that the layers of one sample can take; None where nothing can be shrunk."""
-    digest = hashlib.sha256(f"{config.seed}/{iteration}/{number}/{redraw}".encode()).digest()
-    draw = random.Random(int.from_bytes(digest, "big")).random
+    base: Architecture, iteration: int, number: int, config: Config, space: SearchSpace
+) -> Iterator[tuple[Architecture, list[_Step]]]:
+    """Every architecture that one sample may come to, with the steps to it: its first draw, then its redraws."""
     shrinkable = [layer for layer in range(len(space.layers)) if space.shrink(base, layer)]
-    if config.each_layer:
-        chosen = [number] if number in shrinkable else []
-    else:
-        chosen = [shrinkable.pop(int(draw() * len(shrinkable))) for _ in range(min(config.layers, len(shrinkable)))]
-    steps: list[_Step] = []
-    path: list[Architecture] = []
-    current = base
-    while True:
-        options = [(layer, one) for layer in chosen for one in space.shrink(current, layer)]
-        if not options:
-            break
-        layer, following = options[int(draw() * len(options))]
-        steps.append(_Step(layer, kernel=following.kernels != current.kernels))
-        path.append(following)
-        current = following
-    return _Sample(number, redraw, steps, path) if path else None
+    for redraw in range(config.redraws + 1):
+        digest = hashlib.sha256(f"{config.seed}/{iteration}/{number}/{redraw}".encode()).digest()
+        draw = random.Random(int.from_bytes(digest, "big")).random
+        if config.each_layer:
+            chosen = [number] if number in shrinkable else []
+        else:
+            left = list(shrinkable)
+            chosen = [left.pop(int(draw() * len(left))) for _ in range(min(config.layers, len(left)))]
+        steps: list[_Step] = []
+        current = base
+        while options := [(layer, one) for layer in chosen for one in space.shrink(current, layer)]:
+            layer, following = options[int(draw() * len(options))]
+            steps = [*steps, _Step(layer, kernel=following.kernels != current.kernels)]
+            yield following, steps
+            current = following
 
 
 def _replay(base: Architecture, steps: Sequence[_Step], space: SearchSpace) -> Architecture:

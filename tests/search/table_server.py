@@ -69,6 +69,8 @@ class Table:
     requests: list[tuple[str, Any]] = field(default_factory=list)
     definitions: int = 0
     calibrations: int = 0
+    pending: int = 0
+    """Operators of the last calibration that were not measured when it was asked for."""
     whole: set[str] = field(default_factory=set)
     pins: set[int] = field(default_factory=set)
     """Pins that outlive the client that opened them."""
@@ -167,13 +169,18 @@ def make_app(table: Table) -> FastAPI:
     @app.post("/v1/targets/{target}/calibrations", status_code=202)
     def calibrate(target: str, request: CalibrationRequest) -> Calibration:
         table.calibrations = len(request.networks)
-        return Calibration(id=7, target=target, plan=request.plan, state="measuring", pending=len(request.networks))
+        operators = {one.key: one for network in request.networks for one in network.operators}
+        table.pending = len(operators.keys() - table.measured)
+        if not table.stuck:
+            table.known |= operators
+            table.measured |= operators.keys()
+        return Calibration(id=7, target=target, plan=request.plan, state="measuring", pending=table.pending)
 
     @app.get("/v1/calibrations/{number}")
     def calibration(number: int, request: Request) -> Calibration:
         common = {"id": number, "target": TARGET.key, "plan": IN_CONTEXT}
         if table.stuck:
-            return Calibration(**common, state="measuring", pending=table.calibrations, waiting_for="no agent is there")
+            return Calibration(**common, state="measuring", pending=table.pending, waiting_for="no agent is there")
         if not table.corrected:
             return Calibration(**common, state="failed", message="the networks are all alike")
         return Calibration(**common, state="fitted", correction=CORRECTION)

@@ -143,6 +143,11 @@ def test_patience_ends_with_what_is_pending_and_why(url: str, table: Table, ask:
 def test_a_calibration_is_waited_for(client: ProfilerClient, table: Table) -> None:
     calibration = client.calibrate([make_network(width) for width in range(4, 10)])
     assert calibration.correction == CORRECTION
+    assert client.counters.calibrated == len(table.measured)
+    assert client.counters.whole_networks_measured == 6
+    client.calibrate([make_network(width) for width in range(4, 10)])
+    assert client.counters.calibrated == len(table.measured)
+    assert client.counters.whole_networks_measured == 6
     table.corrected = False
     with pytest.raises(ServiceFault, match="all alike"):
         client.calibrate([make_network(width) for width in range(4, 10)])
