@@ -117,6 +117,7 @@ class Processes:
         process = self.start(
             "server", [*command, "--port", str(self.port), "--database", self.address], **self.settings
         )
+        self.server = process
         wait_until(lambda: process.poll() is not None or self.ready(), "the server is ready")
         return process
 
@@ -162,6 +163,11 @@ class Processes:
         request = LookupRequest(operators=wanted, networks=(tuple(wanted),))
         answer = self.http.post(f"/pins/{pin.id}/lookup", json=request.model_dump(mode="json"))
         assert answer.json()["enqueued"] == len(wanted), answer.text
+
+    def targets(self) -> list[str]:
+        """The keys of the recorded targets, read from the tables: the server may be away."""
+        with self.database.read() as session:
+            return list(session.scalars(select(m.Target.key)))
 
     # --- the tables -------------------------------------------------------------------------------------------
 
