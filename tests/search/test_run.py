@@ -1,7 +1,7 @@
 """Whole searches, small ones: what they write, how they go on after being killed, what they refuse.
 
-Most of them count multiply-accumulates, which needs no service; how the embedded service is used, with a real
-server and a real agent, is at the end.
+Most of them count multiply-accumulates, which needs no service. Searches beside a real server and a real agent are
+in tests/system.
 """
 
 from __future__ import annotations
