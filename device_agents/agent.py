@@ -14,17 +14,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
-from device_agents.backends import Backend, Options
+from device_agents.backends import Backend, Options, Unreachable
 from device_agents.child import Job
+from device_agents.measuring import failed
 from lut_db.errors import LatencyLabError
-from lut_db.measurements import Cause, Failure, Measurement
+from lut_db.measurements import Cause
 from lut_db.targets import Device, Target
 from lut_db.wire import API, Lease, LeaseRequest, Problem, Report, ReportOutcome
 
@@ -63,20 +64,46 @@ class Agent:
         self._stop.set()
 
     def run(self) -> None:
-        target = self.backend.target()
         # A proxy from the environment has no business between two processes of one machine.
         local = httpx.URL(self.server).host in ("127.0.0.1", "localhost", "::1")
         base_url = self.server.rstrip("/") + API
         with httpx.Client(base_url=base_url, timeout=REQUEST_TIMEOUT_S, trust_env=not local) as http:
             try:
+                self._await_device()
+                target = self.backend.target()
                 self._register(http, target)
                 print(f"registered {self.name} as {target.key}", flush=True)
                 while not self._stop.is_set():
+                    self._await_device()
+                    if self.backend.target() != target:  # another build or tool than before: other tables
+                        target = self.backend.target()
+                        self._register(http, target)
+                        print(f"registered {self.name} as {target.key}", flush=True)
                     lease = self._ask(http, target)
                     if lease is not None:
                         self._serve(http, lease)
             except Stopped:
                 log.info("stopped")
+
+    def _await_device(self) -> None:
+        """Returns when the device can measure. One that is gone or hot takes no lease, and needs no hand."""
+        wait_s = FIRST_RETRY_S
+        reported = False
+        while True:
+            if self._stop.is_set():
+                raise Stopped
+            try:
+                self.backend.ready()
+            except Unreachable as error:
+                if not reported:
+                    log.warning("%s cannot measure: %s; waiting", self.name, error)
+                    reported = True
+            else:
+                if reported:
+                    log.info("%s can measure again", self.name)
+                return
+            self._stop.wait(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_RETRY_S)
 
     def _register(self, http: httpx.Client, target: Target) -> None:
         device = Device(name=self.name, targets=(target,))
@@ -115,10 +142,10 @@ class Agent:
             log.warning("lease %d is not known to the service any more", lease.token)
             return
         outcome = ReportOutcome.model_validate_json(response.content)
-        failed = [m.failure for m in report.measurements if m.failure is not None]
+        failure = next((m.failure for m in report.measurements if m.failure is not None), None)
         log.info(
             "lease %d: %s, %d rows, %d requeued, %.1f s%s", lease.token, outcome.outcome, outcome.rows,
-            outcome.requeued, time.monotonic() - began, f"; {failed[0].cause}: {failed[0].message}" if failed else "",
+            outcome.requeued, time.monotonic() - began, f"; {failure.cause}: {failure.message}" if failure else "",
         )  # fmt: skip
 
     def _measure(self, lease: Lease, lost: threading.Event) -> Report | None:
@@ -139,7 +166,7 @@ class Agent:
                         if self._stop.is_set():
                             raise Stopped
                         if time.monotonic() > deadline:
-                            return _failed(
+                            return failed(
                                 lease, "timed_out", f"not measured within {self.lease_limit_s:.0f} s; {_tail(folder)}"
                             )
                         time.sleep(CHECK_S)
@@ -148,7 +175,7 @@ class Agent:
                         child.kill()
             if child.returncode == 0:
                 return Report.model_validate_json((folder / "report.json").read_bytes())
-            return _failed(lease, *_why(child.returncode, _tail(folder)))
+            return failed(lease, *_why(child.returncode, _tail(folder)))
 
     def _give_back(self, http: httpx.Client, lease: Lease) -> None:
         try:
@@ -187,6 +214,27 @@ class Agent:
             wait_s = min(2 * wait_s, LONGEST_RETRY_S)
 
 
+def serve_all(agents: Sequence[Agent]) -> None:
+    """Runs one agent for each device of this process until all are stopped; one that fails ends them all."""
+    errors: list[BaseException] = []
+
+    def run(agent: Agent) -> None:
+        try:
+            agent.run()
+        except BaseException as error:
+            errors.append(error)
+            for other in agents:
+                other.stop()
+
+    threads = [threading.Thread(target=run, args=(agent,), name=agent.name) for agent in agents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
 @contextmanager
 def heartbeat(http: httpx.Client, lease: Lease) -> Iterator[threading.Event]:
     """Keeps a lease alive while the body runs; the event is set when it was lost."""
@@ -213,12 +261,6 @@ def heartbeat(http: httpx.Client, lease: Lease) -> Iterator[threading.Event]:
     finally:
         done.set()
         thread.join()
-
-
-def _failed(lease: Lease, cause: Cause, message: str) -> Report:
-    failure = Failure(cause=cause, message=message[:4000])
-    keys = [record.key for record in (*lease.operators, *lease.networks)]
-    return Report(measurements=tuple(Measurement(key=key, failure=failure) for key in keys))
 
 
 def _why(code: int, tail: str) -> tuple[Cause, str]:

@@ -1,19 +1,24 @@
-"""The command `device-agent NAME`: one sub-command for each backend."""
+"""The command `device-agent`: one sub-command for each backend, `doctor` and `bench`."""
 
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import re
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from device_agents import backends, evidence
-from device_agents.agent import Agent, Refused
+from device_agents.agent import Agent, serve_all
 from device_agents.backends import Options
-from lut_db.errors import InvalidInput
+from device_agents.bench import bench_file
+from lut_db.errors import InvalidInput, LatencyLabError
 
 app = typer.Typer(
     help="Measures operators and networks on a device, for a profiling service.", no_args_is_help=True,
@@ -47,41 +52,99 @@ def _settings(pairs: list[str]) -> dict[str, str]:
     return settings
 
 
-def _default_name(backend: str) -> str:
+def _default_name(backend: str, number: int) -> str:
     host = re.sub(r"[^A-Za-z0-9._-]", "-", platform.node()).strip("-._") or "device"
-    return f"{host[:40]}-{backend}"[:64]
+    return f"{host[:40]}-{backend}"[:60] + (f"-{number}" if number else "")
 
 
-def _serve(
-    backend: str, server: str, name: str | None, threads: int, cores: str | None, setting: list[str], max_operators: int
-) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+def _options(threads: int, cores: str | None, setting: list[str]) -> Options:
+    return Options(threads=threads, cores=_cores(cores, threads), settings=_settings(setting))
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
     try:
-        options = Options(threads=threads, cores=_cores(cores, threads), settings=_settings(setting))
-        agent = Agent(
-            server=server, name=name or _default_name(backend), backend_name=backend,
-            backend=backends.create(backend, options), options=options, max_operators=max_operators,
-        )  # fmt: skip
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: agent.stop())
-        agent.run()
-    except (InvalidInput, Refused) as error:
+        yield
+    except (LatencyLabError, backends.Unsupported) as error:
         typer.echo(f"device-agent: {error}", err=True)
         raise typer.Exit(2) from error
 
 
+def _serve(backend: str, server: str, name: str | None, options: Options, max_operators: int) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    with _explained():
+        each = backends.devices(backend, options)
+        agents = [
+            Agent(
+                server=server, backend_name=backend, backend=backends.create(backend, of_device), options=of_device,
+                name=(f"{name}-{number}" if number else name) if name else _default_name(backend, number),
+                max_operators=max_operators,
+            )
+            for number, of_device in enumerate(each)
+        ]  # fmt: skip
+
+        def stop(*_: object) -> None:
+            for agent in agents:
+                agent.stop()
+
+        for signum in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signum, stop)
+        serve_all(agents)
+
+
+Threads = Annotated[int, typer.Option(min=1, help="threads of the runtime")]
+Cores = Annotated[str | None, typer.Option(help="cores to pin them to, like 2,3, or any; the last ones by default")]
+Setting = Annotated[list[str] | None, typer.Option(help="NAME=VALUE, a setting of the backend")]
+
+
+@app.command()
+def doctor(backend: str, threads: Threads = 1, cores: Cores = None, setting: Setting = None) -> None:
+    """Checks everything that a backend needs and says what to do about each lack."""
+    with _explained():
+        lacking = False
+        for check in backends.module(backend).doctor(_options(threads, cores, setting or [])):
+            typer.echo(f"{'ok  ' if check.ok else 'LACK'}  {check.name}: {check.found}")
+            if not check.ok:
+                lacking = True
+                typer.echo(f"      -> {check.remedy}")
+    if lacking:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    backend: str,
+    model: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="a .onnx or .tflite file")],
+    threads: Threads = 1,
+    cores: Cores = None,
+    setting: Setting = None,
+    runs: Annotated[int, typer.Option(min=1, help="timed runs at most in each session")] = 100,
+    sessions: Annotated[int, typer.Option(min=1, help="fresh sessions")] = 3,
+    json_output: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
+) -> None:
+    """Measures a model file on a device, without any service."""
+    with _explained():
+        options = _options(threads, cores, setting or [])
+        if options.cores:
+            os.sched_setaffinity(0, options.cores)
+        result = bench_file(backends.create(backend, options), model, runs, sessions)
+    typer.echo(result.model_dump_json(indent=2) if json_output else str(result))
+
+
 def _add(backend: str) -> None:
-    @app.command(backend, help=f"Serves this machine with the backend {backend}, until it is told to stop.")
+    @app.command(backend, help=f"Serves this machine's devices with the backend {backend}, until told to stop.")
     def serve(
         server: Annotated[str, typer.Option(help="URL of the profiling service")] = "http://127.0.0.1:8000",
         name: Annotated[str | None, typer.Option(help="name of this device; made from the host's")] = None,
-        threads: Annotated[int, typer.Option(min=1, help="threads of the runtime")] = 1,
-        cores: Annotated[str | None, typer.Option(help="cores to pin them to, like 2,3, or any; the last ones")] = None,
-        setting: Annotated[list[str], typer.Option(help="NAME=VALUE, a setting of the backend")] = [],  # noqa: B006
+        threads: Threads = 1,
+        cores: Cores = None,
+        setting: Setting = None,
         max_operators: Annotated[int, typer.Option(min=1, max=1024, help="operators measured at a time")] = 128,
     ) -> None:
-        _serve(backend, server, name, threads, cores, setting, max_operators)
+        with _explained():
+            options = _options(threads, cores, setting or [])
+        _serve(backend, server, name, options, max_operators)
 
 
 for _name in backends.names():

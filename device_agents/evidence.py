@@ -5,12 +5,18 @@ from __future__ import annotations
 import os
 import platform
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from device_agents.backends import Check
+from lut_db.measurements import Evidence, Failure
+from lut_db.plans import Plan
+
 CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+LOAD_CHECK_S = 2.0
 
 
 def cpu_model() -> str:
@@ -83,3 +89,51 @@ def default_cores(threads: int) -> tuple[int, ...]:
         return ()
     allowed = sorted(os.sched_getaffinity(0))
     return tuple(allowed[-threads:]) if len(allowed) > threads else ()
+
+
+class CpuWatch:
+    """Watches the machine that this process runs on."""
+
+    def __init__(self) -> None:
+        self.meter = LoadMeter()
+
+    def read(self, plan: Plan) -> tuple[Evidence, Failure | None]:
+        load = self.meter.read()
+        facts: Evidence = {
+            "cpu_model": cpu_model(),
+            "os_build": os_build(),
+            "clock_policy": clock_policy(),
+            "clock_mhz": clock_mhz(),
+            "load_of_others": round(load.others, 4),
+            "stolen": round(load.stolen, 4),
+        }
+        if load.others <= plan.load_tolerance:
+            return facts, None
+        message = (
+            f"other processes used {load.others:.2f} cores while it was measured, more than the plan's "
+            f"load_tolerance of {plan.load_tolerance}: let the machine be quiet"
+        )
+        return facts, Failure(cause="load", message=message)
+
+
+def cpu_checks(threads: int, cores: tuple[int, ...]) -> Iterator[Check]:
+    """What a backend on this machine's processor needs of it."""
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    missing = [core for core in cores if core not in allowed]
+    yield Check(
+        "cores", not missing and (not cores or len(cores) >= threads),
+        f"{','.join(map(str, cores)) or 'any'} of {','.join(map(str, allowed)) or 'unknown'} for {threads} threads",
+        "--cores takes cores that this process may use, at least one for each thread",
+    )  # fmt: skip
+    policy = clock_policy()
+    yield Check(
+        "clock policy", policy in ("performance", "unknown"), policy,
+        "fix the clocks while measuring: cpupower frequency-set -g performance",
+    )  # fmt: skip
+    meter = LoadMeter()
+    time.sleep(LOAD_CHECK_S)
+    load = meter.read()
+    yield Check(
+        "load", load.others <= Plan().load_tolerance, f"{load.others:.2f} cores busy with other processes",
+        "end other work on this machine while it measures",
+    )  # fmt: skip

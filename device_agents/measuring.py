@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from device_agents import evidence
-from device_agents.backends import Backend, Loaded, NodeTimes, Unsupported
+from device_agents.backends import Backend, Loaded, NodeTimes, Unreachable, Unsupported
 from device_agents.packing import pack
 from device_agents.sampling import Timed, half_width, sample, statistic
 from lut_db.canary import canary
@@ -22,6 +21,7 @@ from lut_db.plans import Plan
 from lut_db.wire import Lease, Report
 
 CANARY_WARMUP_RUNS = 20
+MESSAGE_LENGTH = 4000
 TWINS = 6
 SIGNIFICANT_DIGITS = 5
 STOPS: tuple[Stop, ...] = ("confident", "settled", "max_runs", "max_seconds")
@@ -41,27 +41,41 @@ class _Graph:
 def measure(backend: Backend, lease: Lease, progress: Callable[[str], None] = lambda text: None) -> Report:
     """Measures what a lease asks for. Whatever goes wrong with an operator is a failure in the report.
 
-    Results are refused (causes `load` and `drift`) where other processes were too busy, or where the canary says
-    that the device was at another speed than the table's.
+    Results are refused (causes `load`, `hot`, `drift`) where other processes were too busy or the device too hot,
+    or where the canary says that it was at another speed than the table's; there are none from a device that is gone
+    (cause `unreachable`).
     """
+    try:
+        return _measure(backend, lease, progress)
+    except Unreachable as error:
+        return failed(lease, "unreachable", str(error))
+
+
+def failed(lease: Lease, cause: Cause, message: str) -> Report:
+    """The report of a lease from which nothing came."""
+    failure = Failure(cause=cause, message=message[:MESSAGE_LENGTH])
+    keys = [record.key for record in (*lease.operators, *lease.networks)]
+    return Report(measurements=tuple(Measurement(key=key, failure=failure) for key in keys))
+
+
+def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) -> Report:
     keys = [record.key for record in (*lease.operators, *lease.networks)]
     failures: dict[str, Failure] = {}
     began = time.perf_counter()
     reference = backend.load(canary(), profile=False)
-    for _ in range(CANARY_WARMUP_RUNS):
-        reference.run()
+    reference.time(CANARY_WARMUP_RUNS)
     graphs = _load(backend, lease, failures, progress)
     # Profiled carriers have a twin without a profiler, which shows what profiling itself costs.
     profiled = [graph for graph in graphs if graph.places]
     twins = sorted(profiled, key=lambda graph: len(graph.network.nodes), reverse=True)[:TWINS]
     plain = [backend.load(graph.network, profile=False) for graph in twins]
     progress(f"timing {len(graphs)} graphs")
-    meter = evidence.LoadMeter()
+    watch = backend.watch()
     everything = sample(
-        [*(graph.loaded.run for graph in graphs), *(loaded.run for loaded in plain)],
-        reference.run, lease.plan, lease.token,
+        [*(graph.loaded.time for graph in graphs), *(loaded.time for loaded in plain)],
+        reference.time, lease.plan, lease.token, backend.burst,
     )  # fmt: skip
-    load = meter.read()
+    seen, refusal = watch.read(lease.plan)
 
     timed = everything[: len(graphs)]
     canaries = np.concatenate([record.canaries_ms for record in timed]) if timed else np.array([np.nan])
@@ -78,7 +92,7 @@ def measure(backend: Backend, lease: Lease, progress: Callable[[str], None] = la
     measured = {key: _measurement(key, found, stops, lease.plan) for key, found in samples.items()}
 
     measurements = []
-    refusal = _refusal(load, slowness, lease.plan)
+    refusal = refusal or _drift(slowness, lease.plan)
     for key in keys:
         if key in failures:
             measurements.append(Measurement(key=key, failure=failures[key]))
@@ -87,15 +101,10 @@ def measure(backend: Backend, lease: Lease, progress: Callable[[str], None] = la
         else:
             measurements.append(measured[key])
     facts: Evidence = {
-        "cpu_model": evidence.cpu_model(),
-        "os_build": evidence.os_build(),
+        **seen,
         "runtime": f"{lease.target.runtime} {lease.target.runtime_version}",
         "threads": lease.target.threads,
         "cores": list(lease.target.cores),
-        "clock_policy": evidence.clock_policy(),
-        "clock_mhz": evidence.clock_mhz(),
-        "load_of_others": round(load.others, 4),
-        "stolen": round(load.stolen, 4),
         "canary_reference_ms": round(canary_ms, 6),
         "slowness": round(slowness, 4) if timed else None,
         "slowness_5_95": [round(float(q) / canary_ms, 4) for q in np.percentile(canaries, (5, 95))] if timed else None,
@@ -135,7 +144,7 @@ def _load(
         except Unsupported as error:
             # In a carrier any of its operators may be at fault: each is tried again alone before it is given up.
             alone = len(set(places.values())) <= 1
-            failure = Failure(cause="unsupported" if alone else "error", message=str(error)[:4000])
+            failure = Failure(cause="unsupported" if alone else "error", message=str(error)[:MESSAGE_LENGTH])
             failures.update(dict.fromkeys(places.values() if places else [key], failure))
     gc.collect()
     return graphs
@@ -150,7 +159,9 @@ def _profiles(graphs: Sequence[_Graph], failures: dict[str, Failure]) -> dict[in
         try:
             profiles[id(graph)] = graph.loaded.node_times()
         except Unsupported as error:
-            failures.update(dict.fromkeys(graph.places.values(), Failure(cause="error", message=str(error)[:4000])))
+            failures.update(
+                dict.fromkeys(graph.places.values(), Failure(cause="error", message=str(error)[:MESSAGE_LENGTH]))
+            )
     return profiles
 
 
@@ -234,23 +245,14 @@ def _measurement(key: str, found: list[tuple[Samples, str]], stops: dict[str, St
     )
 
 
-def _refusal(load: evidence.Load, slowness: float, plan: Plan) -> Failure | None:
-    def refused(cause: Cause, message: str) -> Failure:
-        return Failure(cause=cause, message=message)
-
-    if load.others > plan.load_tolerance:
-        return refused(
-            "load",
-            f"other processes used {load.others:.2f} cores while it was measured, more than the plan's "
-            f"load_tolerance of {plan.load_tolerance}: let the machine be quiet",
-        )
-    if not 1 / (1 + plan.drift_tolerance) <= slowness <= 1 + plan.drift_tolerance:
-        return refused(
-            "drift",
-            f"the canary took {slowness:.2f} times its reference, beyond the plan's drift_tolerance of "
-            f"{plan.drift_tolerance}: the device is not at the speed of its table",
-        )
-    return None
+def _drift(slowness: float, plan: Plan) -> Failure | None:
+    if 1 / (1 + plan.drift_tolerance) <= slowness <= 1 + plan.drift_tolerance:
+        return None
+    message = (
+        f"the canary took {slowness:.2f} times its reference, beyond the plan's drift_tolerance of "
+        f"{plan.drift_tolerance}: the device is not at the speed of its table"
+    )
+    return Failure(cause="drift", message=message)
 
 
 def _filler_drift(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> float | None:

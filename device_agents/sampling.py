@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil, floor, sqrt
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -50,13 +51,14 @@ def half_width(samples: ArrayLike, name: str) -> float:
 
 @dataclass
 class Timed:
-    """The runs of one graph: `times_ms` by the wall clock, `canaries_ms` the mean of the canary on both sides."""
+    """The latencies of one graph, and for each the canary's: the mean of both sides. `done` counts the timed runs."""
 
     times_ms: list[float] = field(default_factory=list)
     canaries_ms: list[float] = field(default_factory=list)
     runs: list[int] = field(default_factory=list)
-    """Which runs of the graph, counted from its loading, were timed: its profile has the others too."""
+    """Which latencies of the graph, counted from its loading, these are: its profile has the others too."""
     count: int = 0
+    done: int = 0
     seconds: float = 0.0
     stop: Stop | None = None
     noise: list[float] = field(default_factory=list)
@@ -69,7 +71,7 @@ class Timed:
 
 def decide(timed: Timed, plan: Plan) -> Stop | None:
     """Whether a graph has been run often enough, and why."""
-    runs = len(timed.times_ms)
+    runs = timed.done
     if runs >= plan.max_runs:
         return "max_runs"
     if timed.seconds >= plan.max_seconds and runs:
@@ -87,48 +89,49 @@ def decide(timed: Timed, plan: Plan) -> Stop | None:
     return None
 
 
-def sample(graphs: Sequence[Callable[[], None]], canary: Callable[[], None], plan: Plan, seed: int) -> list[Timed]:
-    """Times every graph under the plan, in rounds of random order, each run between two runs of the canary.
+Times = Callable[[int], Sequence[float]]
+"""Runs something so many times and returns latencies in ms: one for each run, or fewer where only means are told."""
 
-    A fixed order would let a drift of the device hit some graphs more than others.
+
+def sample(graphs: Sequence[Times], canary: Times, plan: Plan, seed: int, burst: int | None = 1) -> list[Timed]:
+    """Times every graph under the plan, in rounds of random order, every `burst` runs between runs of the canary.
+
+    A fixed order would let a drift of the device hit some graphs more than others. Without `burst` a whole round of
+    a graph lies between two of the canary.
     """
     rng = random.Random(seed)
     timed = [Timed() for _ in graphs]
     for graph, record in zip(graphs, timed, strict=True):
-        for _ in range(plan.warmup_runs):
-            graph()
-        record.count = plan.warmup_runs
+        if plan.warmup_runs:
+            record.count = len(graph(plan.warmup_runs))
     open_graphs = list(range(len(graphs)))
     while open_graphs:
         rng.shuffle(open_graphs)
         for number in open_graphs:
-            _visit(graphs[number], canary, plan, timed[number])
+            _visit(graphs[number], canary, plan, timed[number], burst or plan.round_runs)
         open_graphs = [number for number in open_graphs if timed[number].stop is None]
     return timed
 
 
-def _visit(graph: Callable[[], None], canary: Callable[[], None], plan: Plan, timed: Timed) -> None:
+def _visit(graph: Times, canary: Times, plan: Plan, timed: Timed, burst: int) -> None:
     begin = time.perf_counter()
-    graph()  # brings the graph's weights back into the caches that other graphs used
-    timed.count += 1
-    canary()
-    before = _run_ms(canary)
-    for _ in range(plan.round_runs):
-        time_ms = _run_ms(graph)
-        after = _run_ms(canary)
-        timed.times_ms.append(time_ms)
-        timed.canaries_ms.append((before + after) / 2)
-        timed.runs.append(timed.count)
-        timed.count += 1
+    if burst == 1:
+        timed.count += len(graph(1))  # brings the graph's weights back into the caches that other graphs used
+        canary(1)
+    before = fmean(canary(burst))
+    done = 0
+    while done < plan.round_runs:
+        runs = min(burst, plan.round_runs - done)
+        times_ms = graph(runs)
+        after = fmean(canary(runs))
+        timed.times_ms.extend(times_ms)
+        timed.canaries_ms.extend([(before + after) / 2] * len(times_ms))
+        timed.runs.extend(range(timed.count, timed.count + len(times_ms)))
+        timed.count += len(times_ms)
+        timed.done += runs
         before = after
+        done += runs
     timed.seconds += time.perf_counter() - begin
-    ratios = timed.ratios
-    low, middle, high = np.percentile(ratios, (25, 50, 75))
+    low, middle, high = np.percentile(timed.ratios, (25, 50, 75))
     timed.noise.append(float((high - low) / middle))
     timed.stop = decide(timed, plan)
-
-
-def _run_ms(run: Callable[[], None]) -> float:
-    begin = time.perf_counter()
-    run()
-    return (time.perf_counter() - begin) * 1e3

@@ -26,10 +26,11 @@ class Value(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-Cause = Literal["unsupported", "crashed", "timed_out", "out_of_memory", "load", "drift", "error"]
+Cause = Literal["unsupported", "crashed", "timed_out", "out_of_memory", "load", "drift", "hot", "unreachable", "error"]
 
-REFUSALS: frozenset[Cause] = frozenset({"load", "drift"})
-"""A figure was taken and not believed: the device is at fault, not the operator. Measured again, never recorded."""
+REFUSALS: frozenset[Cause] = frozenset({"load", "drift", "hot", "unreachable"})
+"""No figure was taken, or it was not believed: the device is at fault, not the operator. Measured again, never
+recorded."""
 
 TRANSIENT: frozenset[Cause] = REFUSALS | {"crashed", "timed_out", "out_of_memory", "error"}
 """Worth another try, on another device if there is one."""

@@ -1,26 +1,41 @@
 """Backends: one file for each way to run a network, found by its name.
 
-A backend is a module that defines `create(options: Options) -> Backend`. The module `cpu_onnxruntime` is the
-backend `cpu-onnxruntime`. Backends know runtimes; how to measure is said once, in `device_agents.measuring`.
+The module `cpu_onnxruntime` is the backend `cpu-onnxruntime`. A backend is a module that defines
+
+- `create(options: Options) -> Backend`;
+- `doctor(options: Options) -> Iterator[Check]`, which checks everything it needs, one after the other;
+- `SETTINGS: dict[str, str]`, its settings and what they mean;
+- optionally `devices(options: Options) -> list[Options]`, where one process can serve several devices at once.
+
+Backends know runtimes; how to measure is said once, in `device_agents.measuring`.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lut_db.errors import InvalidInput
+from lut_db.errors import InvalidInput, LatencyLabError
+from lut_db.lowering.weights import Weights
+from lut_db.measurements import Evidence, Failure
 from lut_db.networks import Network
+from lut_db.plans import Plan
 from lut_db.targets import Target
 
 
 class Unsupported(Exception):
     """The runtime cannot run this graph, now or later; the message says what of it."""
+
+
+class Unreachable(LatencyLabError):
+    """The device does not answer, or is not fit to measure at present; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,7 @@ class Options:
 
 @dataclass(frozen=True)
 class NodeTimes:
-    """What a runtime's own profiler says, a row for each run and a column for each node of the network.
+    """What a runtime's own profiler says: a row for each latency that `Loaded.time` returned, a column for each node.
 
     `total_ms` includes `layout_ms`: layout conversions charged to the node. `events[node]` counts the entries of the
     profile that were added up for a node in one run: each carries the profiler's own cost.
@@ -48,24 +63,63 @@ class NodeTimes:
 class Loaded(Protocol):
     """A network that is ready to run."""
 
-    def run(self) -> None:
-        """Runs it once and returns when the result is there."""
+    def time(self, runs: int) -> Sequence[float]:
+        """Runs it that often. Latencies in ms, as told by whatever is nearest to the runtime: one for each run, or
+        fewer where a tool tells only means."""
 
     def node_times(self) -> NodeTimes:
         """The profile of all runs so far; ends profiling. Only for networks loaded with `profile=True`."""
 
 
+class Watch(Protocol):
+    """Looks at the device from the moment it is made until it is read."""
+
+    def read(self, plan: Plan) -> tuple[Evidence, Failure | None]:
+        """What was seen, and why results taken meanwhile must be refused, if they must."""
+
+
 class Backend(Protocol):
     """A runtime on a device."""
+
+    burst: int | None
+    """Runs between two looks at the canary; None: a whole round of the plan, where every start of a tool is dear."""
 
     def target(self) -> Target:
         """What the latencies measured here are a property of."""
 
-    def load(self, network: Network, *, profile: bool) -> Loaded:
-        """Makes a network with made-up weights ready to run, each time in a fresh session.
+    def ready(self) -> None:
+        """Returns when the device can measure: there, cool, awake. Raises Unreachable where it is not for now."""
 
-        Raises Unsupported where the runtime refuses the graph.
+    def watch(self) -> Watch:
+        """Begins to watch the device."""
+
+    def load(self, model: Network | Path, *, profile: bool) -> Loaded:
+        """Makes a network with made-up weights, or a model in a file, ready to run, in a fresh session.
+
+        Only networks can be profiled. Raises Unsupported where the runtime refuses the graph, and Unreachable where
+        the device is gone.
         """
+
+    def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
+        """The network's outputs, to compare with the reference. Raises NotImplementedError where no tool tells."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that a backend needs: whether it is there, what was found, and what to do about a lack."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str = ""
+
+
+class _Module(Protocol):
+    SETTINGS: dict[str, str]
+
+    def create(self, options: Options) -> Backend: ...
+
+    def doctor(self, options: Options) -> Iterator[Check]: ...
 
 
 def names() -> list[str]:
@@ -73,15 +127,30 @@ def names() -> list[str]:
     return sorted(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 
 
-def create(name: str, options: Options) -> Backend:
-    """The backend of this name. Raises InvalidInput where there is none, or where its packages are missing."""
+def module(name: str) -> _Module:
+    """The module of a backend. Raises InvalidInput where there is none, or where its packages are missing."""
     if name not in names():
         raise InvalidInput(f"there is no backend {name!r}", field="backend", remedy=f"one of {', '.join(names())}")
     try:
-        module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+        found: _Module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     except ModuleNotFoundError as error:
         raise InvalidInput(
             f"{name} needs the package {error.name!r}", field="backend", remedy="pip install 'latency-lab[agent]'"
         ) from error
-    backend: Backend = module.create(options)
-    return backend
+    return found
+
+
+def create(name: str, options: Options) -> Backend:
+    """The backend of this name. Raises InvalidInput as `module` does, and where it has no such setting."""
+    found = module(name)
+    unknown = sorted(set(options.settings) - set(found.SETTINGS))
+    if unknown:
+        known = ", ".join(found.SETTINGS) or "none"
+        raise InvalidInput(f"{name} has no setting {unknown[0]!r}", field="settings", remedy=f"it has: {known}")
+    return found.create(options)
+
+
+def devices(name: str, options: Options) -> list[Options]:
+    """The options of each device that one process is to serve."""
+    split = getattr(module(name), "devices", None)
+    return [options] if split is None else split(options)

@@ -1,7 +1,5 @@
 """ONNX Runtime on the CPU.
 
-Settings: `graph_optimization` = `all` (default), `extended`, `basic` or `disabled`.
-
 On x86 and Arm this runtime keeps feature maps in a blocked layout between convolutions and inserts nodes
 `ReorderInput` and `ReorderOutput` where an operator wants plain maps. Such a conversion is charged to the operator
 that forces it, the one at its plain end: then an operator's row depends less on its neighbours.
@@ -13,7 +11,9 @@ import json
 import os
 import re
 import tempfile
+import time
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +22,10 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from device_agents import evidence
-from device_agents.backends import Backend, Loaded, NodeTimes, Options, Unsupported
+from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
 from lut_db.errors import InvalidInput
 from lut_db.lowering.onnx import node_number, tensor_name, to_onnx
+from lut_db.lowering.weights import Weights
 from lut_db.networks import Network
 from lut_db.targets import Target
 
@@ -40,11 +41,13 @@ ERRORS_ONLY = 3
 INPUT_SEED = 0
 
 
+SETTINGS = {"graph_optimization": f"one of {', '.join(OPTIMIZATION)}; all by default"}
+DTYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64,
+          "tensor(int32)": np.int32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
+          "tensor(float16)": np.float16, "tensor(bool)": np.bool_}  # fmt: skip
+
+
 def create(options: Options) -> Backend:
-    unknown = sorted(set(options.settings) - {"graph_optimization"})
-    if unknown:
-        raise InvalidInput(f"cpu-onnxruntime has no setting {unknown[0]!r}", field="settings",
-                           remedy="the only one is graph_optimization")  # fmt: skip
     level = options.settings.get("graph_optimization", "all")
     if level not in OPTIMIZATION:
         raise InvalidInput(f"{level!r} is no level", field="settings.graph_optimization",
@@ -52,7 +55,16 @@ def create(options: Options) -> Backend:
     return CpuOnnxruntime(options, level)
 
 
+def doctor(options: Options) -> Iterator[Check]:
+    yield Check("onnxruntime", True, onnxruntime.__version__)
+    providers = onnxruntime.get_available_providers()
+    yield Check("CPU provider", "CPUExecutionProvider" in providers, ", ".join(providers), "pip install onnxruntime")
+    yield from evidence.cpu_checks(options.threads, options.cores)
+
+
 class CpuOnnxruntime:
+    burst: int | None = 1
+
     def __init__(self, options: Options, level: str):
         self.options = options
         self.level = level
@@ -69,53 +81,81 @@ class CpuOnnxruntime:
             options={"graph_optimization": self.level},
         )
 
-    def load(self, network: Network, *, profile: bool) -> Loaded:
-        return _Session(network, self.options.threads, self.level, profile)
+    def ready(self) -> None:
+        """A processor always is."""
+
+    def watch(self) -> evidence.CpuWatch:
+        return evidence.CpuWatch()
+
+    def load(self, model: Network | Path, *, profile: bool) -> Loaded:
+        return _Session(model, self.options.threads, self.level, profile)
+
+    def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
+        session = _open(to_onnx(network, weights).SerializeToString(), _settings(self.options.threads, self.level))
+        named = {tensor_name(tensor): values for tensor, values in enumerate(inputs)}
+        return [np.asarray(output) for output in session.run(None, named)]
+
+
+def _settings(threads: int, level: str) -> onnxruntime.SessionOptions:
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = threads
+    settings.inter_op_num_threads = 1
+    settings.log_severity_level = ERRORS_ONLY
+    settings.graph_optimization_level = OPTIMIZATION[level]
+    return settings
+
+
+def _open(model: bytes | str, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    try:
+        return onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's own exceptions have no common class
+        raise Unsupported(f"ONNX Runtime cannot load the graph: {error}") from error
 
 
 class _Session:
-    def __init__(self, network: Network, threads: int, level: str, profile: bool):
-        self.network = network
-        settings = onnxruntime.SessionOptions()
-        settings.intra_op_num_threads = threads
-        settings.inter_op_num_threads = 1
-        settings.log_severity_level = ERRORS_ONLY
-        settings.graph_optimization_level = OPTIMIZATION[level]
+    def __init__(self, model: Network | Path, threads: int, level: str, profile: bool):
+        settings = _settings(threads, level)
         self.folder = tempfile.TemporaryDirectory(prefix="onnxruntime-") if profile else None
         if self.folder is not None:
             settings.enable_profiling = True
             settings.profile_file_prefix = os.path.join(self.folder.name, "profile")
             settings.optimized_model_filepath = os.path.join(self.folder.name, "optimized.onnx")
-        try:
-            self.session = onnxruntime.InferenceSession(
-                to_onnx(network).SerializeToString(), settings, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # the runtime's own exceptions have no common class
-            raise Unsupported(f"ONNX Runtime cannot load the graph: {error}") from error
+        self.session = _open(str(model) if isinstance(model, Path) else to_onnx(model).SerializeToString(), settings)
         if self.folder is not None:
+            assert isinstance(model, Network), "only networks can be profiled"
+            self.nodes = len(model.nodes)
             # Only the graph is wanted; the weights would fill the disk.
             optimized = Path(settings.optimized_model_filepath)
-            self.owners = _owners(onnx.load(optimized).graph, network)
+            self.owners = _owners(onnx.load(optimized).graph, model)
             optimized.unlink()
         random = np.random.default_rng(INPUT_SEED)
         self.binding = self.session.io_binding()
-        for tensor, shape in enumerate(network.inputs):
-            values = random.standard_normal(shape, dtype=np.float32)
-            self.binding.bind_ortvalue_input(tensor_name(tensor), onnxruntime.OrtValue.ortvalue_from_numpy(values))
-        shapes = network.shapes
-        for tensor in network.output_tensors:
-            result = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shapes[tensor], dtype=np.float32))
-            self.binding.bind_ortvalue_output(tensor_name(tensor), result)
+        for tensor in self.session.get_inputs():
+            # Sizes that a file leaves open are one.
+            shape = [size if isinstance(size, int) and size > 0 else 1 for size in tensor.shape]
+            given = random.standard_normal(shape).astype(DTYPES[tensor.type])
+            self.binding.bind_ortvalue_input(tensor.name, onnxruntime.OrtValue.ortvalue_from_numpy(given))
+        for tensor in self.session.get_outputs():
+            if all(isinstance(size, int) and size > 0 for size in tensor.shape):
+                room: NDArray = np.zeros(tensor.shape, dtype=DTYPES[tensor.type])
+                self.binding.bind_ortvalue_output(tensor.name, onnxruntime.OrtValue.ortvalue_from_numpy(room))
+            else:
+                self.binding.bind_output(tensor.name)
 
-    def run(self) -> None:
-        self.session.run_with_iobinding(self.binding)
+    def time(self, runs: int) -> list[float]:
+        times_ms = []
+        for _ in range(runs):
+            begin = time.perf_counter()
+            self.session.run_with_iobinding(self.binding)
+            times_ms.append((time.perf_counter() - begin) * 1e3)
+        return times_ms
 
     def node_times(self) -> NodeTimes:
         assert self.folder is not None, "loaded without profile=True"
         path = Path(self.session.end_profiling())
         events = json.loads(path.read_text())
         self.folder.cleanup()
-        return _node_times(events, self.owners, len(self.network.nodes))
+        return _node_times(events, self.owners, self.nodes)
 
 
 def _owners(graph: onnx.GraphProto, network: Network) -> dict[str, tuple[int, bool]]:

@@ -41,7 +41,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(name: str) -> None:
 
 
 def timed(times: list[float], seconds: float = 0.0, noise: list[float] | None = None) -> Timed:
-    return Timed(times_ms=times, canaries_ms=[1.0] * len(times), seconds=seconds, noise=noise or [])
+    return Timed(times_ms=times, canaries_ms=[1.0] * len(times), done=len(times), seconds=seconds, noise=noise or [])
 
 
 def test_why_sampling_stops() -> None:
@@ -57,13 +57,35 @@ def test_why_sampling_stops() -> None:
     assert decide(timed(noisy[:20], noise=[0.30, 0.20, 0.25]), plan) is None
 
 
+def recording(calls: list[str], name: str):
+    def time(runs: int) -> list[float]:
+        calls.extend([name] * runs)
+        return [1.0] * runs
+
+    return time
+
+
 def test_every_timed_run_lies_between_two_canaries() -> None:
     calls: list[str] = []
     plan = Plan(warmup_runs=2, round_runs=3, min_runs=6, max_runs=6)
-    graphs = [lambda name=name: calls.append(name) for name in "ab"]
-    records = sample(graphs, lambda: calls.append("canary"), plan, seed=0)
+    records = sample([recording(calls, name) for name in "ab"], recording(calls, "canary"), plan, seed=0)
     for name, record in zip("ab", records, strict=True):
-        assert len(record.times_ms) == len(record.canaries_ms) == len(record.runs) == 6
+        assert len(record.times_ms) == len(record.canaries_ms) == len(record.runs) == record.done == 6
         runs = [position for position, call in enumerate(calls) if call == name]
         for number in record.runs:
             assert calls[runs[number] - 1] == calls[runs[number] + 1] == "canary"
+
+
+def test_a_tool_that_tells_means_is_run_in_rounds() -> None:
+    asked: list[int] = []
+
+    def mean_of(runs: int) -> list[float]:
+        asked.append(runs)
+        return [1.0]
+
+    plan = Plan(warmup_runs=2, round_runs=5, min_runs=20, max_runs=20)
+    (record,) = sample([mean_of], lambda runs: [2.0] * runs, plan, seed=0, burst=None)
+    assert asked == [2, 5, 5, 5, 5]
+    assert record.done == 20
+    assert record.runs == [1, 2, 3, 4], "the first latency was the warm-up's"
+    assert list(record.ratios) == [0.5] * 4

@@ -1,0 +1,74 @@
+"""Measures a model file on a device, without any service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict
+
+from device_agents.backends import Backend
+from device_agents.measuring import CANARY_WARMUP_RUNS
+from device_agents.sampling import half_width, sample, statistic
+from lut_db.canary import canary
+from lut_db.errors import MeasurementRefused
+from lut_db.measurements import Evidence, Stop
+from lut_db.plans import WHOLE
+from lut_db.targets import Target
+
+
+class Bench(BaseModel):
+    """The latency of a model file as it was at this moment: not scaled to any table's speed.
+
+    `between_sessions` is the largest relative distance of a session's latency from `latency_ms`, their median.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    target: Target
+    latency_ms: float
+    half_width_ms: float
+    p5_ms: float
+    p95_ms: float
+    runs: int
+    sessions: int
+    between_sessions: float
+    stop: Stop
+    canary_ms: float
+    evidence: Evidence
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model} on {self.target}\n"
+            f"latency   {self.latency_ms:.4g} ms +/- {self.half_width_ms:.2g} (95 %), "
+            f"from {self.p5_ms:.4g} to {self.p95_ms:.4g} (5 to 95 %)\n"
+            f"sampling  {self.runs} runs in {self.sessions} sessions, which differ by {self.between_sessions:.1%} "
+            f"at most; ended: {self.stop}\n"
+            f"canary    {self.canary_ms:.4g} ms"
+        )
+
+
+def bench_file(backend: Backend, model: Path, runs: int, sessions: int) -> Bench:
+    """Measures a file under the plan of whole networks. Raises Unsupported, Unreachable and MeasurementRefused."""
+    backend.ready()
+    plan = WHOLE.model_copy(update={"min_runs": min(WHOLE.min_runs, runs), "max_runs": runs, "carriers": sessions})
+    reference = backend.load(canary(), profile=False)
+    reference.time(CANARY_WARMUP_RUNS)
+    loaded = [backend.load(model, profile=False) for _ in range(sessions)]
+    watch = backend.watch()
+    timed = sample([session.time for session in loaded], reference.time, plan, plan.seed, backend.burst)
+    facts, refusal = watch.read(plan)
+    if refusal is not None:
+        raise MeasurementRefused(refusal.message, field=refusal.cause)
+    values = np.array([statistic(record.times_ms, plan.statistic) for record in timed])
+    latency_ms = float(np.median(values))
+    low, high = np.percentile(np.concatenate([record.times_ms for record in timed]), (5, 95))
+    return Bench(
+        model=model.name, target=backend.target(), latency_ms=latency_ms,
+        half_width_ms=float(np.median([half_width(record.times_ms, plan.statistic) for record in timed])),
+        p5_ms=float(low), p95_ms=float(high), runs=sum(record.done for record in timed), sessions=sessions,
+        between_sessions=float(np.abs(values / latency_ms - 1).max()),
+        stop=timed[0].stop or "max_runs",
+        canary_ms=float(np.median(np.concatenate([record.canaries_ms for record in timed]))), evidence=facts,
+    )  # fmt: skip
