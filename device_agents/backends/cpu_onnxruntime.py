@@ -133,7 +133,7 @@ class _Session:
         for tensor in self.session.get_inputs():
             # Sizes that a file leaves open are one.
             shape = [size if isinstance(size, int) and size > 0 else 1 for size in tensor.shape]
-            given = random.standard_normal(shape).astype(DTYPES[tensor.type])
+            given: NDArray = random.standard_normal(shape).astype(DTYPES[tensor.type])
             self.binding.bind_ortvalue_input(tensor.name, onnxruntime.OrtValue.ortvalue_from_numpy(given))
         for tensor in self.session.get_outputs():
             if all(isinstance(size, int) and size > 0 for size in tensor.shape):
