@@ -59,6 +59,7 @@ class Agent:
     max_operators: int = 128
     lease_limit_s: float = 1800.0
     _stop: threading.Event = field(default_factory=threading.Event)
+    _kept_out: bool = False
 
     def stop(self) -> None:
         self._stop.set()
@@ -113,8 +114,16 @@ class Agent:
         request = LeaseRequest(target=target.key, max_operators=self.max_operators, wait_s=POLL_S)
         response = self._request(
             http, "POST", f"/devices/{self.name}/leases", content=request.model_dump_json(),
-            timeout=POLL_S + REQUEST_TIMEOUT_S, allow=(404,),
+            timeout=POLL_S + REQUEST_TIMEOUT_S, allow=(404, 409),
         )  # fmt: skip
+        if response.status_code == 409:
+            # Kept out until somebody has looked at it: released, it goes on without a hand on this side.
+            if not self._kept_out:
+                log.warning("%s", _explain(response))
+            self._kept_out = True
+            self._stop.wait(LONGEST_RETRY_S)
+            return None
+        self._kept_out = False
         if response.status_code == 404:  # the service has another database than the one we registered with
             self._register(http, target)
             return None

@@ -30,12 +30,17 @@ Wait = Annotated[float, Field(ge=0, le=MAX_WAIT_S)]
 
 
 class DeviceState(Value):
-    """A registered device. `state` is `ready`, `lost` (no heartbeat for a while) or `quarantined`, with the reason."""
+    """A registered device. `state` is `ready`, `lost` (no heartbeat for a while) or `quarantined`, with the reason.
+
+    `agreement` is, by target, the median ratio of reference operators measured on it to what the table said, for a
+    device that came to a table which others had begun.
+    """
 
     device: Device
     state: Literal["ready", "lost", "quarantined"]
     reason: str | None = None
     last_seen: datetime
+    agreement: dict[ShortKey, float] = Field(default_factory=dict)
 
 
 class LeaseRequest(Value):

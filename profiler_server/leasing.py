@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from math import isclose
+from statistics import median
 
 from sqlalchemy.orm import Session
 
@@ -17,6 +18,9 @@ from lut_db.storage import queries
 from lut_db.wire import Lease, Report, ReportOutcome
 from profiler_server import scheduling
 from profiler_server.settings import Settings
+
+MIN_REFERENCE = 3
+"""Reference operators below which nothing can be said of a device."""
 
 CANARY_TOLERANCE = 1e-6
 """Relative difference up to which two latencies of the canary are the same figure, printed and read again."""
@@ -32,13 +36,17 @@ def grant(
     where the device does not have the target, Conflict where it is quarantined.
     """
     record = queries.lock_device(session, device)
-    if session.get(m.DeviceTarget, (device, target)) is None:
+    membership = session.get(m.DeviceTarget, (device, target), populate_existing=True)
+    if membership is None:
         raise InvalidInput(
             f"device {device} does not have target {target}", field="target",
             remedy="register it with PUT /v1/devices/{name}",
         )  # fmt: skip
     if record.state == "quarantined":
-        raise Conflict(f"device {device} is quarantined: {record.reason or 'no reason given'}", field="device")
+        raise Conflict(
+            f"device {device} is quarantined: {record.reason or 'no reason given'}", field="device",
+            remedy=f"mend it, then POST /v1/devices/{device}/release",
+        )  # fmt: skip
     now = queries.clock(session)
     queries.see_device(session, device, now)
     held = queries.lock_active_lease(session, device)
@@ -52,9 +60,14 @@ def grant(
     oldest = queries.lock_oldest(session, target, now)
     if oldest is None:
         return None
+    deadline = now + timedelta(seconds=settings.lease_s)
+    if not membership.joined:
+        reference = queries.reference_rows(session, target, oldest.plan, device, settings.reference_operators)
+        if len(reference) >= MIN_REFERENCE:
+            return queries.open_lease(session, device, target, oldest.plan, [], now, deadline, reference)
+        membership.joined = True  # there is nothing to compare it with: the table begins with it
     size = scheduling.lease_size(queries.read_plan(session, oldest.plan), max_operators, oldest.attempts)
     jobs = queries.lock_alike(session, oldest, now, size)
-    deadline = now + timedelta(seconds=settings.lease_s)
     return queries.open_lease(session, device, target, oldest.plan, jobs, now, deadline)
 
 
@@ -64,7 +77,7 @@ def compose(session: Session, token: int, settings: Settings) -> Lease | None:
     if record is None or record.state != "active":
         return None
     plan = queries.read_plan(session, record.plan)
-    keys = [job.workload for job in queries.jobs_of(session, [record])[token]]
+    keys = list(record.reference or [job.workload for job in queries.jobs_of(session, [record])[token]])
     definitions = queries.read_definitions(session, keys)
     wanted = [OPERATOR.validate_python(d) for kind, d in map(definitions.__getitem__, keys) if kind != m.NETWORK]
     networks = [Network.model_validate(d) for kind, d in map(definitions.__getitem__, keys) if kind == m.NETWORK]
@@ -183,11 +196,16 @@ def settle(session: Session, token: int, report: Report, settings: Settings) -> 
         end(session, [lease], now, "expired", attempts=1)
     if lease.state != "active":
         return ReportOutcome(outcome="late", rows=0)
+    disbelief = _disbelief(session, lease.target, report, said)
+    if lease.reference is not None:
+        _admit(session, lease, lease.reference, said, disbelief, settings)
+        lease.state = "reported"
+        session.flush()
+        return ReportOutcome(outcome="accepted", rows=0)
     queries.lock_table(session, lease.target, lease.plan)
     evidence = queries.put_evidence(session, dict(report.evidence))
     jobs = queries.jobs_of(session, [lease])[token]
     silence = Failure(cause="error", message="the report of its lease said nothing of it")
-    disbelief = _disbelief(session, lease.target, report, said)
     measured: list[m.Pending] = []
     failed: list[tuple[m.Pending, Failure]] = []
     for job in jobs:
@@ -204,12 +222,56 @@ def settle(session: Session, token: int, report: Report, settings: Settings) -> 
     written, requeued = _dispose(session, lease, failed, now, later, evidence)
     refusal = next((failure for _, failure in failed if failure.cause in REFUSALS), None)
     if refusal is not None:
-        queries.note_reason(session, device, f"{refusal.cause}: {refusal.message}")
+        _note_refused(session, device, refusal, settings)
     elif measured:
-        queries.note_reason(session, device, None)
+        queries.note_accepted(session, device)
     lease.state, lease.rows, lease.requeued = "reported", rows + written, requeued
     session.flush()
     return ReportOutcome(outcome="accepted", rows=lease.rows, requeued=lease.requeued)
+
+
+def _note_refused(session: Session, device: str, refusal: Failure, settings: Settings) -> None:
+    """Notes a refused lease. A busy machine gets quiet and a phone comes back; one that stays adrift needs a hand."""
+    strike = refusal.cause in ("drift", "hot")
+    refusals = queries.note_refused(session, device, f"{refusal.cause}: {refusal.message}", strike=strike)
+    if refusals >= settings.quarantine_after:
+        queries.quarantine(
+            session, device,
+            f"{refusals} leases were refused with none accepted between them, the last: {refusal.message}",
+        )  # fmt: skip
+
+
+def _admit(
+    session: Session, lease: m.Lease, reference: dict[str, float], said: dict[str, Measurement],
+    disbelief: Failure | None, settings: Settings,
+) -> None:  # fmt: skip
+    """Lets a device into the pool of a target, or keeps it out with the figures."""
+    told = [said[key] for key in reference if key in said]
+    failures = [measurement.failure for measurement in told if measurement.failure is not None]
+    refusal = disbelief or next((failure for failure in failures if failure.cause in REFUSALS), None)
+    if refusal is not None:
+        _note_refused(session, lease.device, refusal, settings)
+        return
+    ratios = [of.latency_ms / reference[of.key] for of in told if of.latency_ms is not None]
+    if 2 * len(ratios) < len(reference):
+        why = failures[0].message if failures else "the report said nothing of them"
+        queries.quarantine(
+            session, lease.device,
+            f"only {len(ratios)} of {len(reference)} reference operators of target {lease.target} were measured: {why}",
+        )  # fmt: skip
+        return
+    agreement = median(ratios)
+    membership = session.get_one(m.DeviceTarget, (lease.device, lease.target), populate_existing=True)
+    membership.agreement = agreement
+    if abs(agreement - 1) <= settings.pool_tolerance:
+        membership.joined = True
+        queries.note_accepted(session, lease.device)
+        return
+    queries.quarantine(
+        session, lease.device,
+        f"{len(ratios)} reference operators of target {lease.target} took {agreement:.3f} times what the table says "
+        f"({min(ratios):.3f} to {max(ratios):.3f}), beyond the tolerance of {settings.pool_tolerance:.0%}",
+    )  # fmt: skip
 
 
 def _disbelief(session: Session, target: str, report: Report, said: dict[str, Measurement]) -> Failure | None:

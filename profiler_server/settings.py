@@ -25,6 +25,11 @@ class Settings(BaseSettings):
     lease_s: Seconds = Field(default=120.0, description="how long a lease holds without a heartbeat")
     lost_after_s: Seconds = Field(default=30.0, description="silence after which a device counts as lost")
     refusal_pause_s: Seconds = Field(default=5.0, description="pause before a refused measurement is tried again")
+    quarantine_after: int = Field(default=10, ge=1, description="leases adrift or hot that quarantine a device")
+    reference_operators: int = Field(default=16, ge=3, le=256, description="operators that test who joins a pool")
+    pool_tolerance: float = Field(
+        default=0.1, gt=0, description="largest relative distance of a device that joins from the table it joins"
+    )
     poll_s: Seconds = Field(default=0.5, description="how often a waiting request looks for what other servers did")
     tend_s: Seconds = Field(default=2.0, description="how often expired leases are looked for")
     known_operators: int = Field(default=2000, ge=0, description="known operators that fillers are chosen from")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from sqlalchemy.orm import Session
 
 from lut_db.storage import queries
@@ -12,12 +14,15 @@ from profiler_server.settings import Settings
 
 def device_state(view: DeviceView, settings: Settings) -> DeviceState:
     """A device as it goes over the wire. A device that is silent for too long is lost, unless it is quarantined."""
+    state: Literal["ready", "lost", "quarantined"] = "ready"
+    reason = view.reason
     if view.state == "quarantined":
-        return DeviceState(device=view.device, state="quarantined", reason=view.reason, last_seen=view.last_seen)
-    if view.silent_s > settings.lost_after_s:
-        silence = f"no sign of life for {view.silent_s:.0f} s"
-        return DeviceState(device=view.device, state="lost", reason=silence, last_seen=view.last_seen)
-    return DeviceState(device=view.device, state="ready", reason=view.reason, last_seen=view.last_seen)
+        state = "quarantined"
+    elif view.silent_s > settings.lost_after_s:
+        state, reason = "lost", f"no sign of life for {view.silent_s:.0f} s"
+    return DeviceState(
+        device=view.device, state=state, reason=reason, last_seen=view.last_seen, agreement=view.agreement
+    )
 
 
 def waiting_for(session: Session, target: str, settings: Settings) -> str | None:

@@ -76,24 +76,34 @@ class Target(Base):
 
 
 class Device(Base):
-    """A physical unit. `state` is `ready` or `quarantined`; whether it is lost follows from `last_seen`."""
+    """A physical unit. `state` is `ready` or `quarantined`; whether it is lost follows from `last_seen`.
+
+    `refusals` counts the leases refused because it was adrift or hot, since one was accepted.
+    """
 
     __tablename__ = "devices"
 
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
     state: Mapped[str] = mapped_column(String(16))
     reason: Mapped[str | None] = mapped_column(Text)
+    refusals: Mapped[int] = mapped_column(default=0, server_default="0")
     last_seen: Mapped[datetime]
 
 
 class DeviceTarget(Base):
-    """A target that a device can measure, in the order in which the device named them."""
+    """A target that a device can measure, in the order in which the device named them.
+
+    `joined`: its figures go into the target's tables. `agreement` is the median of reference operators measured on
+    it over what the table said, for a device that came to a table which others had begun.
+    """
 
     __tablename__ = "device_targets"
 
     device: Mapped[str] = mapped_column(ForeignKey("devices.name"), primary_key=True)
     target: Mapped[str] = mapped_column(ForeignKey("targets.key"), primary_key=True, index=True)
     position: Mapped[int]
+    joined: Mapped[bool] = mapped_column(default=False, server_default=sql_text("false"))
+    agreement: Mapped[float | None]
 
 
 class Plan(Base):
@@ -129,6 +139,7 @@ class Lease(Base):
     """The right of one device to measure some workloads. The id grows with every lease: it is the fencing token.
 
     `rows` and `requeued` are the outcome of the accepted report, so that its repetition can be answered.
+    `reference` makes it a test of a device that wants to join: latencies in the table, in ms, by operator.
     """
 
     __tablename__ = "leases"
@@ -148,6 +159,7 @@ class Lease(Base):
     state: Mapped[str] = mapped_column(String(16))
     granted_at: Mapped[datetime]
     deadline: Mapped[datetime]
+    reference: Mapped[dict[str, Any] | None]
     rows: Mapped[int] = mapped_column(default=0)
     requeued: Mapped[int] = mapped_column(default=0)
 

@@ -143,12 +143,17 @@ def put_device(session: Session, device: targets.Device, now: datetime) -> None:
     put_targets(session, device.targets)
     insert = _insert(session, m.Device).values(name=device.name, state="ready", reason=None, last_seen=now)
     session.execute(insert.on_conflict_do_update(index_elements=["name"], set_={"last_seen": now}))
-    session.execute(delete(m.DeviceTarget).where(m.DeviceTarget.device == device.name))
     keys = dict.fromkeys(target.key for target in device.targets)
     session.execute(
-        _insert(session, m.DeviceTarget).on_conflict_do_nothing(),
-        [{"device": device.name, "target": key, "position": position} for position, key in enumerate(keys)],
+        delete(m.DeviceTarget).where(m.DeviceTarget.device == device.name, m.DeviceTarget.target.not_in(list(keys)))
     )
+    again = _insert(session, m.DeviceTarget)
+    session.execute(
+        again.on_conflict_do_update(
+            index_elements=["device", "target"], set_={"position": again.excluded.position}
+        ),
+        [{"device": device.name, "target": key, "position": position} for position, key in enumerate(keys)],
+    )  # fmt: skip
 
 
 def lock_device(session: Session, name: str) -> m.Device:
@@ -165,28 +170,66 @@ def see_device(session: Session, name: str, now: datetime) -> None:
     session.execute(update(m.Device).where(m.Device.name == name).values(last_seen=now))
 
 
-def note_reason(session: Session, name: str, reason: str | None) -> None:
-    """Notes why the device's last lease was refused, or that it was not."""
-    clean = None if reason is None else reason.replace("\x00", "�")
-    session.execute(update(m.Device).where(m.Device.name == name).values(reason=clean))
+def note_accepted(session: Session, name: str) -> None:
+    """Notes that a lease of the device was measured and believed."""
+    session.execute(update(m.Device).where(m.Device.name == name).values(reason=None, refusals=0))
+
+
+def note_refused(session: Session, name: str, reason: str, *, strike: bool) -> int:
+    """Notes why the device's last lease was refused; returns the strikes since one was accepted."""
+    device = session.get_one(m.Device, name, populate_existing=True)
+    device.refusals += int(strike)
+    device.reason = _clean(reason)
+    session.flush()
+    return device.refusals
+
+
+def quarantine(session: Session, name: str, reason: str) -> None:
+    """Gives a device no more leases, until it is released."""
+    session.execute(
+        update(m.Device).where(m.Device.name == name).values(state="quarantined", reason=_clean(reason))
+    )  # fmt: skip
+
+
+def release_device(session: Session, name: str) -> None:
+    """Gives a quarantined device leases again. What it was kept out of a pool for is tested again."""
+    session.execute(update(m.Device).where(m.Device.name == name).values(state="ready", reason=None, refusals=0))
+
+
+def _clean(text: str) -> str:
+    return text.replace("\x00", "\ufffd")  # PostgreSQL has no such character
+
+
+def reference_rows(session: Session, target: str, plan: str, device: str, limit: int) -> dict[str, float]:
+    """Latencies in ms of up to `limit` workloads of a table that other devices measured, evenly from fast to slow."""
+    query = (
+        select(m.Row.workload, m.Row.latency_ms)
+        .where(*_newest(target, plan), m.Row.status == Status.MEASURED.value, m.Row.device != device)
+        .order_by(m.Row.latency_ms, m.Row.workload)
+    )
+    found = [(row[0], row[1]) for row in session.execute(query)]
+    count = min(limit, len(found))
+    return dict(found[round(i * (len(found) - 1) / max(count - 1, 1))] for i in range(count))
 
 
 @dataclass(frozen=True)
 class DeviceView:
-    """A device with its targets. `silent_s` are the seconds since its last sign of life."""
+    """A device with its targets. `silent_s` are the seconds since its last sign of life; `agreement` is what reference
+    operators said of it, by target."""
 
     device: targets.Device
     state: str
     reason: str | None
     last_seen: datetime
     silent_s: float
+    agreement: dict[str, float]
 
 
 def read_devices(session: Session, *, name: str | None = None, target: str | None = None) -> list[DeviceView]:
     """Devices by name, all of them or those with this name or target."""
     now = clock(session)
     query = (
-        select(m.Device, m.Target)
+        select(m.Device, m.Target, m.DeviceTarget.agreement)
         .join(m.DeviceTarget, m.DeviceTarget.device == m.Device.name)
         .join(m.Target, m.Target.key == m.DeviceTarget.target)
         .order_by(m.Device.name, m.DeviceTarget.position)
@@ -198,14 +241,17 @@ def read_devices(session: Session, *, name: str | None = None, target: str | Non
         query = query.where(m.Device.name.in_(serving))
     records: dict[str, m.Device] = {}
     served: dict[str, list[targets.Target]] = {}
-    for record, definition in session.execute(query):
+    agreements: dict[str, dict[str, float]] = {}
+    for record, definition, agreement in session.execute(query.execution_options(populate_existing=True)):
         records[record.name] = record
+        if agreement is not None:
+            agreements.setdefault(record.name, {})[definition.key] = agreement
         served.setdefault(record.name, []).append(targets.Target.model_validate(definition.definition))
     return [
         DeviceView(
             device=targets.Device(name=key, targets=tuple(served[key])),
             state=record.state, reason=record.reason, last_seen=record.last_seen,
-            silent_s=(now - record.last_seen).total_seconds(),
+            silent_s=(now - record.last_seen).total_seconds(), agreement=agreements.get(key, {}),
         )
         for key, record in records.items()
     ]  # fmt: skip
@@ -569,10 +615,13 @@ def drop(session: Session, jobs: Sequence[m.Pending]) -> None:
 
 
 def open_lease(
-    session: Session, device: str, target: str, plan: str, jobs: Sequence[m.Pending], now: datetime, deadline: datetime
-) -> m.Lease:
+    session: Session, device: str, target: str, plan: str, jobs: Sequence[m.Pending], now: datetime,
+    deadline: datetime, reference: dict[str, float] | None = None,
+) -> m.Lease:  # fmt: skip
     """Grants a device these measurements until a deadline. A second active lease of a device breaks an index."""
-    lease = m.Lease(device=device, target=target, plan=plan, state="active", granted_at=now, deadline=deadline)
+    lease = m.Lease(
+        device=device, target=target, plan=plan, state="active", granted_at=now, deadline=deadline, reference=reference
+    )
     session.add(lease)
     session.flush()
     for job in jobs:

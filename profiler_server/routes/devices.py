@@ -47,6 +47,17 @@ def read_device(name: Name, lab: LabHere) -> DeviceState:
     return device_state(views[0], lab.settings)
 
 
+@router.post("/{name}/release")
+def release_device(name: Name, lab: LabHere) -> DeviceState:
+    """Gives a quarantined device work again. One that was kept out of a pool is tested again first."""
+    with lab.database.write() as session:
+        queries.lock_device(session, name)
+        queries.release_device(session, name)
+        (view,) = queries.read_devices(session, name=name)
+    lab.bell.ring()
+    return device_state(view, lab.settings)
+
+
 @router.post(
     "/{name}/leases", response_model=Lease, responses={204: {"description": "Nothing waits for this target"}}
 )  # fmt: skip

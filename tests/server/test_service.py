@@ -512,6 +512,74 @@ def test_refused_figures_are_taken_again_and_never_recorded(start_server, databa
     assert lab.device().reason is None
 
 
+def test_a_device_that_stays_adrift_is_quarantined_until_it_is_released(start_server, database_url: str) -> None:
+    lab = Lab(start_server(database_url, refusal_pause_s=0.01, quarantine_after=3).client)
+    lab.register()
+    lab.lookup(lab.pin().id, convs(1))
+    for cause in ("drift", "load", "unreachable", "hot", "load"):
+        lease = lab.must_lease(wait_s=30.0)
+        lab.report(lease.token, failed(conv(0).key, cause, f"too much {cause}"))
+        assert lab.device().state == "ready", "a busy machine gets quiet again, a phone comes back"
+    lease = lab.must_lease(wait_s=30.0)
+    lab.report(lease.token, failed(conv(0).key, "drift", "1.9 times its reference"))
+    device = lab.device()
+    assert device.state == "quarantined"
+    assert "3 leases" in (device.reason or "")
+    assert "1.9 times its reference" in (device.reason or "")
+    asked = {"target": TARGET.key, "wait_s": 0}
+    answer = lab.client.post("/v1/devices/bench/leases", json=asked)
+    assert answer.status_code == 409
+    assert "release" in answer.json()["remedy"]
+    assert lab.client.post("/v1/devices/bench/release").json()["state"] == "ready"
+    lease = lab.must_lease(wait_s=30.0)
+    lab.report(lease.token, measured(conv(0).key))
+    assert lab.device().reason is None
+    assert lab.client.post("/v1/devices/nobody/release").status_code == 404
+
+
+def test_devices_of_one_target_share_its_queue_once_they_agree(lab_on_both: Lab) -> None:
+    lab = lab_on_both
+    pin = lab.pin()
+    lab.lookup(pin.id, convs(6))
+    assert lab.measure(lambda key: 1.0 + int(key[:4], 16) / 65536) == 6
+    table = {row.key: row.latency_ms or 0.0 for row in lab.rows().rows}
+    lab.register("second")
+    assert lab.lease("second") is None, "nothing waits: nobody is tested for nothing"
+    lab.lookup(pin.id, convs(3, start=10))
+    test = lab.must_lease("second")
+    assert {operator.key for operator in test.operators} == set(table), "known operators first"
+    lab.report(test.token, *(measured(key, latency_ms * 1.04) for key, latency_ms in table.items()))
+    assert lab.device("second").agreement == {TARGET.key: pytest.approx(1.04)}
+    assert len(lab.rows().rows) == 6, "what tested a device is in no table"
+    assert lab.lookup(pin.id, convs(6)).operators[conv(0).key].row == 1
+    first = lab.must_lease("bench", max_operators=1)
+    second = lab.must_lease("second", max_operators=1)
+    assert first.operators != second.operators, "one queue, each measurement once"
+    lab.register("second")
+    lab.report(second.token, measured(second.operators[0].key))
+    assert {operator.key for operator in lab.must_lease("second").operators}.isdisjoint(table), "tested once"
+
+
+def test_a_device_that_disagrees_is_kept_out_with_the_figures(lab_on_both: Lab) -> None:
+    lab = lab_on_both
+    pin = lab.pin()
+    lab.lookup(pin.id, convs(4))
+    lab.measure()
+    lab.register("odd")
+    lab.lookup(pin.id, convs(1, start=10))
+    test = lab.must_lease("odd")
+    lab.report(test.token, *(measured(operator.key, 1.3) for operator in test.operators))
+    odd = lab.device("odd")
+    assert odd.state == "quarantined"
+    assert "1.300 times" in (odd.reason or "")
+    lab.client.post("/v1/devices/odd/release")
+    test = lab.must_lease("odd")
+    assert len(test.operators) == 4, "released, it is tested again"
+    lab.report(test.token, *(failed(operator.key, "crashed") for operator in test.operators))
+    assert "0 of 4" in (lab.device("odd").reason or "")
+    assert lab.measure() == 1, "the others go on"
+
+
 def test_failures_are_tried_three_times_unless_nothing_can_help(lab_on_both: Lab) -> None:
     lab = lab_on_both
     crashing, unsupported, silent = convs(3)
