@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,10 +19,10 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from device_agents import evidence
+from device_agents import evidence, ort_profile
 from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
 from lut_db.errors import InvalidInput
-from lut_db.lowering.onnx import node_number, tensor_name, to_onnx
+from lut_db.lowering.onnx import tensor_name, to_onnx
 from lut_db.lowering.weights import Weights
 from lut_db.networks import Network
 from lut_db.targets import Target
@@ -35,8 +33,6 @@ OPTIMIZATION = {
     "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
     "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
 }
-LAYOUT_CONVERSIONS = frozenset({"ReorderInput", "ReorderOutput"})
-KERNEL = "_kernel_time"
 ERRORS_ONLY = 3
 INPUT_SEED = 0
 
@@ -126,7 +122,7 @@ class _Session:
             self.nodes = len(model.nodes)
             # Only the graph is wanted; the weights would fill the disk.
             optimized = Path(settings.optimized_model_filepath)
-            self.owners = _owners(onnx.load(optimized).graph, model)
+            self.owners = ort_profile.owners_in_graph(onnx.load(optimized).graph, model)
             optimized.unlink()
         random = np.random.default_rng(INPUT_SEED)
         self.binding = self.session.io_binding()
@@ -155,63 +151,4 @@ class _Session:
         path = Path(self.session.end_profiling())
         events = json.loads(path.read_text())
         self.folder.cleanup()
-        return _node_times(events, self.owners, self.nodes)
-
-
-def _owners(graph: onnx.GraphProto, network: Network) -> dict[str, tuple[int, bool]]:
-    """For every node of the optimised graph: the network's node that it is charged to, and whether it is layout.
-
-    Optimised nodes keep the name of a node of the lowering, or are named after the tensor that they now make.
-    """
-    owners: dict[str, tuple[int, bool]] = {}
-    made_by = {output: node.name for node in graph.node for output in node.output}
-    read_by: dict[str, list[str]] = defaultdict(list)
-    conversions = []
-    for node in graph.node:
-        for name in node.input:
-            read_by[name].append(node.name)
-        if node.op_type in LAYOUT_CONVERSIONS:
-            conversions.append(node)
-        else:
-            owners[node.name] = (_owner(node.name, network), False)
-    # Every conversion is charged after all others are known; two in a row do not occur.
-    for node in conversions:
-        producer = owners.get(made_by.get(node.input[0], ""))
-        readers = [owners[name] for name in read_by[node.output[0]] if name in owners]
-        blocked_to_plain = node.op_type == "ReorderOutput"
-        charged = (readers[0] if readers else producer) if blocked_to_plain else (producer or readers[0])
-        if charged is None:
-            raise Unsupported(f"the layout conversion {node.name!r} of the optimised graph belongs to no operator")
-        owners[node.name] = (charged[0], True)
-    return owners
-
-
-def _owner(name: str, network: Network) -> int:
-    number = node_number(name)
-    if number is None and (tensor := re.match(r"t(\d+)(?!\d)", name)):
-        number = int(tensor[1]) - len(network.inputs)
-    if number is None or not 0 <= number < len(network.nodes):
-        raise Unsupported(f"node {name!r} of the optimised graph belongs to no operator of the network")
-    return number
-
-
-def _node_times(events: list[dict], owners: dict[str, tuple[int, bool]], nodes: int) -> NodeTimes:
-    """Adds up the runtime's events, run by run. Durations in the profile are whole microseconds."""
-    runs: list[NDArray[np.float64]] = []
-    current = np.zeros((2, nodes))
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith(KERNEL):
-            name = event["name"].removesuffix(KERNEL)
-            if name not in owners:
-                raise Unsupported(f"the profile names a node {name!r} that the optimised graph does not have")
-            number, layout = owners[name]
-            milliseconds = event["dur"] / 1e3
-            current[0, number] += milliseconds
-            if layout:
-                current[1, number] += milliseconds
-        elif event.get("cat") == "Session" and event["name"] == "model_run":
-            runs.append(current)
-            current = np.zeros((2, nodes))
-    times = np.stack(runs)
-    events_by_node = np.bincount([number for number, _ in owners.values()], minlength=nodes)
-    return NodeTimes(total_ms=times[:, 0], layout_ms=times[:, 1], events=events_by_node)
+        return ort_profile.node_times(events, self.owners, self.nodes)

@@ -1,0 +1,106 @@
+"""Whose time is whose: ONNX Runtime's profile read back in terms of a network's nodes.
+
+The lowering names every ONNX node `n<number>/<part>` and every tensor of the network `t<i>`. Optimised nodes keep such
+a name, or are named after the tensor that they now make. Layout conversions (`ReorderInput`, `ReorderOutput`) have
+names of their own: they are charged to the operator that forces them, the one at their plain end.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+
+from device_agents.backends import NodeTimes, Unsupported
+from lut_db.lowering.onnx import node_number
+from lut_db.networks import Network
+
+LAYOUT_CONVERSIONS = frozenset({"ReorderInput", "ReorderOutput"})
+KERNEL = "_kernel_time"
+
+Owners = Mapping[str, tuple[int, bool]]
+"""For a node of the optimised graph: the network's node that it is charged to, and whether it converts a layout."""
+
+
+def owner(name: str, network: Network) -> int:
+    """The network's node that a name of the lowering, or one derived from it, belongs to. Raises Unsupported."""
+    number = node_number(name)
+    if number is None and (tensor := re.match(r"t(\d+)(?!\d)", name)):
+        number = int(tensor[1]) - len(network.inputs)
+    if number is None or not 0 <= number < len(network.nodes):
+        raise Unsupported(f"node {name!r} of the optimised graph belongs to no operator of the network")
+    return number
+
+
+def owners_in_graph(graph: onnx.GraphProto, network: Network) -> Owners:
+    """The owners of all nodes of an optimised graph. Raises Unsupported where one has none."""
+    owners: dict[str, tuple[int, bool]] = {}
+    made_by = {output: node.name for node in graph.node for output in node.output}
+    read_by: dict[str, list[str]] = defaultdict(list)
+    conversions = []
+    for node in graph.node:
+        for name in node.input:
+            read_by[name].append(node.name)
+        if node.op_type in LAYOUT_CONVERSIONS:
+            conversions.append(node)
+        else:
+            owners[node.name] = (owner(node.name, network), False)
+    # Every conversion is charged after all others are known; two in a row do not occur.
+    for node in conversions:
+        producer = owners.get(made_by.get(node.input[0], ""))
+        readers = [owners[name] for name in read_by[node.output[0]] if name in owners]
+        blocked_to_plain = node.op_type == "ReorderOutput"
+        charged = (readers[0] if readers else producer) if blocked_to_plain else (producer or readers[0])
+        if charged is None:
+            raise Unsupported(f"the layout conversion {node.name!r} of the optimised graph belongs to no operator")
+        owners[node.name] = (charged[0], True)
+    return owners
+
+
+def owners_by_name(events: Sequence[Mapping[str, Any]], network: Network) -> Owners | None:
+    """The owners of all nodes that a profile names; None where it takes the optimised graph to know them."""
+    owners = {}
+    for event in events:
+        if not _is_kernel(event):
+            continue
+        if event.get("args", {}).get("op_name") in LAYOUT_CONVERSIONS:
+            return None
+        name = event["name"].removesuffix(KERNEL)
+        try:
+            owners[name] = (owner(name, network), False)
+        except Unsupported:
+            return None
+    return owners
+
+
+def node_times(events: Sequence[Mapping[str, Any]], owners: Owners, nodes: int) -> NodeTimes:
+    """Adds up a profile's events, run by run. Durations in a profile are whole microseconds."""
+    runs: list[NDArray[np.float64]] = []
+    current = np.zeros((2, nodes))
+    for event in events:
+        if _is_kernel(event):
+            name = event["name"].removesuffix(KERNEL)
+            if name not in owners:
+                raise Unsupported(f"the profile names a node {name!r} that the optimised graph does not have")
+            number, layout = owners[name]
+            milliseconds = event["dur"] / 1e3
+            current[0, number] += milliseconds
+            if layout:
+                current[1, number] += milliseconds
+        elif event.get("cat") == "Session" and event["name"] == "model_run":
+            runs.append(current)
+            current = np.zeros((2, nodes))
+    if not runs:
+        raise Unsupported("the profile holds no run")
+    times = np.stack(runs)
+    events_by_node = np.bincount([number for number, _ in owners.values()], minlength=nodes)
+    return NodeTimes(total_ms=times[:, 0], layout_ms=times[:, 1], events=events_by_node)
+
+
+def _is_kernel(event: Mapping[str, Any]) -> bool:
+    return event.get("cat") == "Node" and event["name"].endswith(KERNEL)
