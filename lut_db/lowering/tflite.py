@@ -1,0 +1,526 @@
+"""Networks said in TFLite: batch-norm folded, activations fused where runtimes fuse them.
+
+Feature maps are NHWC inside: an input or output `(N, C, H, W)` of the network is one of `(N, H, W, C)` of the model;
+vectors stay as they are. `to_nhwc` and `to_nchw` turn arrays.
+
+Tensor `i` of the network is called `t<i>`, every other tensor `n<number>/<part>` after the network's node that it
+belongs to. What an operator of the model makes says whose it is (`owners`), so that a runtime's profile, which counts
+operators, can be read back in terms of nodes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import flatbuffers
+import numpy as np
+from ai_edge_litert import schema_py_generated as schema
+from numpy.typing import NDArray
+
+from lut_db.lowering.weights import Array, Weights, checked, made_up
+from lut_db.networks import Network
+from lut_db.operators import (
+    Activate,
+    Add,
+    BaseOperator,
+    ChannelBypass,
+    Convolution,
+    GlobalPool,
+    Linear,
+    Padding,
+    Pool,
+    ResidualAdd,
+    Shape,
+    SqueezeExcite,
+    Upsample,
+    window_output,
+)
+
+SCHEMA_VERSION = 3
+FILE_IDENTIFIER = b"TFL3"
+ALIGNMENT = 16
+"""Bytes that the schema aligns a buffer's data to."""
+
+Code = schema.BuiltinOperator
+FUSED = {
+    "none": schema.ActivationFunctionType.NONE,
+    "relu": schema.ActivationFunctionType.RELU,
+    "relu6": schema.ActivationFunctionType.RELU6,
+}
+"""What the format's operators can do to their own output."""
+
+HALF_PIXEL_VERSION = 3
+GROUPED_CONVOLUTION_VERSION = 6
+TYPES = {np.dtype(np.float32): schema.TensorType.FLOAT32, np.dtype(np.int32): schema.TensorType.INT32}
+
+
+def tensor_name(tensor: int) -> str:
+    return f"t{tensor}"
+
+
+def to_nhwc(array: NDArray) -> NDArray:
+    """`(N, C, H, W)` to `(N, H, W, C)`; vectors as they are."""
+    return np.ascontiguousarray(array.transpose(0, 2, 3, 1)) if array.ndim == 4 else array
+
+
+def to_nchw(array: NDArray) -> NDArray:
+    """`(N, H, W, C)` to `(N, C, H, W)`; vectors as they are."""
+    return np.ascontiguousarray(array.transpose(0, 3, 1, 2)) if array.ndim == 4 else array
+
+
+def _nhwc(shape: Shape) -> Shape:
+    return (shape[0], *shape[2:], shape[1]) if len(shape) == 4 else shape
+
+
+@dataclass(frozen=True)
+class ModelOperator:
+    """An operator of a model: its name in the format, like `CONV_2D`, the network's node that it belongs to, whether
+    an activation is fused into it, and the tensors that it reads and makes, constants left out, by their numbers."""
+
+    code: str
+    owner: int
+    clamped: bool
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+_CODE_NAMES = {number: name for name, number in vars(Code).items() if not name.startswith("_")}
+
+
+def model_operators(model: bytes, network: Network) -> list[ModelOperator]:
+    """The operators of a model that `to_tflite` made of this network, in their order."""
+    root = schema.Model.GetRootAs(model)
+    graph = root.Subgraphs(0)
+    constant = [
+        root.Buffers(graph.Tensors(number).Buffer()).DataLength() > 0 for number in range(graph.TensorsLength())
+    ]
+    found = []
+    for number in range(graph.OperatorsLength()):
+        operator = graph.Operators(number)
+        outputs = tuple(int(operator.Outputs(i)) for i in range(operator.OutputsLength()))
+        options = schema.OperatorT.InitFromObj(operator).builtinOptions
+        read = (int(operator.Inputs(i)) for i in range(operator.InputsLength()))
+        found.append(
+            ModelOperator(
+                code=_CODE_NAMES[root.OperatorCodes(operator.OpcodeIndex()).BuiltinCode()],
+                owner=_owner(graph.Tensors(outputs[0]).Name().decode(), network),
+                clamped=getattr(options, "fusedActivationFunction", FUSED["none"]) != FUSED["none"],
+                inputs=tuple(tensor for tensor in read if tensor >= 0 and not constant[tensor]),
+                outputs=outputs,
+            )
+        )
+    return found
+
+
+def owners(model: bytes, network: Network) -> list[int]:
+    """For every operator of a model that `to_tflite` made, in order: the network's node that it belongs to."""
+    return [operator.owner for operator in model_operators(model, network)]
+
+
+def _owner(name: str, network: Network) -> int:
+    if inner := re.fullmatch(r"n(\d+)/.+", name):
+        return int(inner[1])
+    if output := re.fullmatch(r"t(\d+)", name):
+        return int(output[1]) - len(network.inputs)
+    raise ValueError(f"the tensor {name!r} belongs to no node")
+
+
+class _Buffer(schema.BufferT):
+    """A buffer whose data is aligned as the schema wants it, which the generated code forgets."""
+
+    def Pack(self, builder: flatbuffers.Builder) -> int:
+        if self.data is not None:
+            builder.Prep(ALIGNMENT, len(self.data))
+        return super().Pack(builder)
+
+
+@dataclass
+class _Model:
+    """Collects a model's tensors, buffers and operators."""
+
+    tensors: list[schema.TensorT] = field(default_factory=list)
+    buffers: list[schema.BufferT] = field(default_factory=lambda: [_Buffer()])  # the first one must be empty
+    operators: list[schema.OperatorT] = field(default_factory=list)
+    codes: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def tensor(self, name: str, shape: Sequence[int], dtype: Any = np.float32, buffer: int = 0) -> int:
+        self.tensors.append(
+            schema.TensorT(
+                shape=np.array(shape, np.int32), type=TYPES[np.dtype(dtype)], buffer=buffer, name=name, hasRank=True
+            )
+        )
+        return len(self.tensors) - 1
+
+    def constant(self, name: str, value: NDArray) -> int:
+        array = np.ascontiguousarray(value)
+        self.buffers.append(_Buffer(data=array.reshape(-1).view(np.uint8)))
+        return self.tensor(name, array.shape, array.dtype, len(self.buffers) - 1)
+
+    def operator(self, code: int, version: int, inputs: Sequence[int], output: int, options: Any) -> None:
+        index = self.codes.setdefault((code, version), len(self.codes))
+        kind = 0 if options is None else getattr(schema.BuiltinOptions, type(options).__name__.removesuffix("T"))
+        self.operators.append(
+            schema.OperatorT(
+                opcodeIndex=index, inputs=np.array(inputs, np.int32), outputs=np.array([output], np.int32),
+                builtinOptionsType=kind, builtinOptions=options,
+            )
+        )  # fmt: skip
+
+    def pack(self, inputs: Sequence[int], outputs: Sequence[int], name: str) -> bytes:
+        graph = schema.SubGraphT(
+            tensors=self.tensors, inputs=np.array(inputs, np.int32), outputs=np.array(outputs, np.int32),
+            operators=self.operators, name=name,
+        )  # fmt: skip
+        codes = [
+            schema.OperatorCodeT(
+                deprecatedBuiltinCode=min(code, Code.PLACEHOLDER_FOR_GREATER_OP_CODES), builtinCode=code,
+                version=version,
+            )
+            for code, version in self.codes
+        ]  # fmt: skip
+        model = schema.ModelT(
+            version=SCHEMA_VERSION, operatorCodes=codes, subgraphs=[graph], description="latency-lab",
+            buffers=self.buffers,
+        )  # fmt: skip
+        builder = flatbuffers.Builder(1 << 16)
+        builder.Finish(model.Pack(builder), file_identifier=FILE_IDENTIFIER)
+        return bytes(builder.Output())
+
+
+class _Emitter:
+    """Says one node of a network. Tensors are numbers of the model; `shape` of any is NHWC."""
+
+    def __init__(self, model: _Model, number: int, output: int, arrays: dict[str, Array]):
+        self.model = model
+        self.prefix = f"n{number}"
+        self.output = output
+        self.arrays = arrays
+
+    def shape(self, tensor: int) -> Shape:
+        return tuple(int(size) for size in self.model.tensors[tensor].shape)
+
+    def constant(self, part: str, value: Any, dtype: Any = np.float32) -> int:
+        return self.model.constant(f"{self.prefix}/{part}", np.asarray(value, dtype))
+
+    def emit(
+        self, code: int, *inputs: int, part: str, shape: Sequence[int], options: Any = None, last: bool = False,
+        version: int = 1,
+    ) -> int:  # fmt: skip
+        output = self.output if last else self.model.tensor(f"{self.prefix}/{part}", shape)
+        assert self.shape(output) == tuple(shape), f"{part} makes {tuple(shape)}, not {self.shape(output)}"
+        self.model.operator(code, version, inputs, output, options)
+        return output
+
+    def activate(self, activation: str, tensor: int, *, last: bool) -> int:
+        """An activation as operators of its own."""
+        shape = self.shape(tensor)
+        if activation == "hard_sigmoid":
+            three = self.constant("three", 3.0)
+            shifted = self.emit(
+                Code.ADD, tensor, three, part="shifted", shape=shape,
+                options=schema.AddOptionsT(fusedActivationFunction=FUSED["relu6"]),
+            )  # fmt: skip
+            return self.sixth(shifted, last=last)
+        if activation == "hard_swish":
+            options: Any = schema.HardSwishOptionsT()
+            return self.emit(Code.HARD_SWISH, tensor, part="hard_swish", shape=shape, options=options, last=last)
+        code = {"relu": Code.RELU, "relu6": Code.RELU6, "sigmoid": Code.LOGISTIC}[activation]
+        return self.emit(code, tensor, part=activation, shape=shape, last=last)
+
+    def sixth(self, tensor: int, *, last: bool) -> int:
+        """The second half of a hard sigmoid, relu6(x + 3) / 6."""
+        return self.emit(
+            Code.MUL, tensor, self.constant("sixth", 1 / 6), part="hard_sigmoid", shape=self.shape(tensor),
+            options=schema.MulOptionsT(), last=last,
+        )  # fmt: skip
+
+    def weigh(
+        self, code: int, tensor: int, weight: Array, bias: Array | None, activation: str, shape: Sequence[int],
+        options: Callable[[int], Any], *, part: str, last: bool, version: int = 1,
+    ) -> int:  # fmt: skip
+        """An operator with weights, and the activation. XNNPACK takes no convolution without a bias, so all have one;
+        the 3 of a hard sigmoid is part of it."""
+        values = np.zeros(shape[-1], np.float32) if bias is None else np.asarray(bias, np.float32)
+        fused, rest = (activation, "none") if activation in FUSED else ("none", activation)
+        if activation == "hard_sigmoid":
+            values, fused = values + np.float32(3), "relu6"
+        output = self.emit(
+            code, tensor, self.constant(f"{part}_weight", weight), self.constant(f"{part}_bias", values), part=part,
+            shape=shape, options=options(FUSED[fused]), last=last and rest == "none", version=version,
+        )  # fmt: skip
+        if rest == "none":
+            return output
+        return self.sixth(output, last=last) if rest == "hard_sigmoid" else self.activate(rest, output, last=last)
+
+    def pad(self, tensor: int, pads: Sequence[tuple[int, int]], part: str, value: float | None = None) -> int:
+        """Adds rows, columns or channels, one pair for each axis; zeros without a value."""
+        shape = [size + before + after for size, (before, after) in zip(self.shape(tensor), pads, strict=True)]
+        amounts = self.constant(f"{part}_sizes", pads, np.int32)
+        if value is None:
+            return self.emit(Code.PAD, tensor, amounts, part=part, shape=shape, options=schema.PadOptionsT())
+        filling = self.constant(f"{part}_value", value)
+        return self.emit(Code.PADV2, tensor, amounts, filling, part=part, shape=shape, options=schema.PadV2OptionsT())
+
+    def slice_channels(self, tensor: int, start: int, stop: int, part: str, *, last: bool = False) -> int:
+        shape = (*self.shape(tensor)[:3], stop - start)
+        begin = self.constant(f"{part}_begin", (0, 0, 0, start), np.int32)
+        size = self.constant(f"{part}_size", shape, np.int32)
+        return self.emit(
+            Code.SLICE, tensor, begin, size, part=part, shape=shape, options=schema.SliceOptionsT(), last=last
+        )
+
+    def mean(self, tensor: int, *, keep: bool, part: str, last: bool = False) -> int:
+        """The mean over height and width."""
+        batch, _, _, channels = self.shape(tensor)
+        axes = self.constant(f"{part}_axes", (1, 2), np.int32)
+        return self.emit(
+            Code.MEAN, tensor, axes, part=part, shape=(batch, 1, 1, channels) if keep else (batch, channels),
+            options=schema.ReducerOptionsT(keepDims=keep), last=last,
+        )  # fmt: skip
+
+    def convolve(
+        self, tensor: int, weight: Array, bias: Array | None, *, stride: tuple[int, int] = (1, 1),
+        padding: Padding = (0, 0, 0, 0), groups: int = 1, activation: str = "none", part: str, last: bool = False,
+    ) -> int:  # fmt: skip
+        """A convolution whose weights are `(filters, channels / groups, kernel height, kernel width)`."""
+        kernel = weight.shape[2:]
+        window = _window(self.shape(tensor), kernel, stride, padding)
+        if window.pads is not None:
+            tensor = self.pad(tensor, window.pads, f"{part}_pad")
+        batch, _, _, channels = self.shape(tensor)
+        filters = weight.shape[0]
+        shape = (batch, *window.output, filters)
+
+        if groups == channels and weight.shape[1] == 1 and groups > 1:
+
+            def depthwise(fused: int) -> Any:
+                return schema.DepthwiseConv2DOptionsT(
+                    padding=window.mode, strideH=stride[0], strideW=stride[1], depthMultiplier=filters // channels,
+                    fusedActivationFunction=fused,
+                )  # fmt: skip
+
+            return self.weigh(
+                Code.DEPTHWISE_CONV_2D, tensor, weight.transpose(1, 2, 3, 0), bias, activation, shape, depthwise,
+                part=part, last=last,
+            )  # fmt: skip
+
+        def options(fused: int) -> Any:
+            return schema.Conv2DOptionsT(
+                padding=window.mode, strideH=stride[0], strideW=stride[1], fusedActivationFunction=fused
+            )
+
+        return self.weigh(
+            Code.CONV_2D, tensor, weight.transpose(0, 2, 3, 1), bias, activation, shape, options, part=part,
+            last=last, version=1 if groups == 1 else GROUPED_CONVOLUTION_VERSION,
+        )  # fmt: skip
+
+    def average(
+        self, tensor: int, kernel: tuple[int, int], stride: tuple[int, int], padding: Padding, *, part: str, last: bool
+    ) -> int:
+        """An average pool that leaves the padding out of the mean, as the format's own does with its own padding.
+
+        Other padding is put in as zeros, and what that did to the means is undone.
+        """
+        before = self.shape(tensor)
+        window = _window(before, kernel, stride, padding)
+        if window.pads is not None:
+            tensor = self.pad(tensor, window.pads, f"{part}_pad")
+        shape = (before[0], *window.output, before[3])
+        options = schema.Pool2DOptionsT(
+            padding=window.mode, strideH=stride[0], strideW=stride[1], filterHeight=kernel[0], filterWidth=kernel[1]
+        )
+        uneven = window.pads is not None
+        pooled = self.emit(
+            Code.AVERAGE_POOL_2D, tensor, part=part, shape=shape, options=options, last=last and not uneven
+        )
+        if not uneven:
+            return pooled
+        rows, columns = (
+            _positions_inside(before[1 + axis], kernel[axis], stride[axis], padding[axis], window.output[axis])
+            for axis in (0, 1)
+        )
+        share = (kernel[0] * kernel[1] / np.outer(rows, columns))[None, :, :, None]
+        return self.emit(
+            Code.MUL, pooled, self.constant(f"{part}_share", share), part=f"{part}_mean", shape=shape,
+            options=schema.MulOptionsT(), last=last,
+        )  # fmt: skip
+
+    def add(self, left: int, right: int, activation: str, *, part: str) -> int:
+        """The sum as the node's output, with the activation."""
+        fused = activation in FUSED
+        total = self.emit(
+            Code.ADD, left, right, part=part, shape=self.shape(left), last=fused,
+            options=schema.AddOptionsT(fusedActivationFunction=FUSED[activation] if fused else FUSED["none"]),
+        )  # fmt: skip
+        return total if fused else self.activate(activation, total, last=True)
+
+
+@dataclass(frozen=True)
+class _Window:
+    """How the format says a window's padding: a mode of its own, after explicit padding where neither mode fits."""
+
+    mode: int
+    pads: tuple[tuple[int, int], ...] | None
+    output: tuple[int, int]
+
+
+def _window(shape: Shape, kernel: Sequence[int], stride: Sequence[int], padding: Padding) -> _Window:
+    """SAME puts `max((ceil(n / s) - 1) s + k - n, 0)` rows around n, the smaller half in front; VALID none. They stand
+    for explicit padding only where they cover the same elements at every position."""
+    same = valid = True
+    pads, output = [], []
+    for axis in (0, 1):
+        size, before, after = shape[1 + axis], padding[axis], padding[axis + 2]
+        positions = window_output(size, kernel[axis], stride[axis], before + after)
+        # What lies behind the last position is never read.
+        needed = (positions - 1) * stride[axis] + kernel[axis] - size
+        same &= positions == -(-size // stride[axis]) and before == max(needed, 0) // 2
+        valid &= before == 0 and needed <= 0
+        pads.append((before, max(needed - before, 0)))
+        output.append(positions)
+    explicit = None if valid or same else ((0, 0), *pads, (0, 0))
+    mode = schema.Padding.SAME if same and not valid else schema.Padding.VALID
+    return _Window(mode, explicit, (output[0], output[1]))
+
+
+def _positions_inside(size: int, kernel: int, stride: int, before: int, positions: int) -> NDArray[np.int64]:
+    """How many elements each position of a window covers that are not padding."""
+    begin = np.arange(positions) * stride - before
+    return np.minimum(begin + kernel, size) - np.maximum(begin, 0)
+
+
+def _convolution(emit: _Emitter, operator: Convolution, inputs: Sequence[int]) -> None:
+    tensor = emit.convolve(
+        inputs[0], emit.arrays["weight"], emit.arrays.get("bias"), stride=operator.stride, padding=operator.padding,
+        groups=operator.groups, activation="none" if operator.residual else operator.activation, part="conv",
+        last=not operator.residual,
+    )  # fmt: skip
+    if operator.residual:
+        emit.add(tensor, inputs[1], operator.activation, part="residual")
+
+
+def _linear(emit: _Emitter, operator: Linear, inputs: Sequence[int]) -> None:
+    emit.weigh(
+        Code.FULLY_CONNECTED, inputs[0], emit.arrays["weight"], emit.arrays.get("bias"), operator.activation,
+        operator.output, lambda fused: schema.FullyConnectedOptionsT(fusedActivationFunction=fused), part="linear",
+        last=True,
+    )  # fmt: skip
+
+
+def _squeeze_excite(emit: _Emitter, operator: SqueezeExcite, inputs: Sequence[int]) -> None:
+    arrays = emit.arrays
+    pooled = emit.mean(inputs[0], keep=True, part="pool")
+    reduced = emit.convolve(
+        pooled, arrays["reduce_weight"][:, :, None, None], arrays["reduce_bias"], activation="relu", part="reduce"
+    )
+    scale = emit.convolve(
+        reduced, arrays["expand_weight"][:, :, None, None], arrays["expand_bias"], activation="hard_sigmoid",
+        part="expand",
+    )  # fmt: skip
+    emit.emit(
+        Code.MUL, inputs[0], scale, part="scale", shape=emit.shape(inputs[0]), options=schema.MulOptionsT(), last=True
+    )
+
+
+def _channel_bypass(emit: _Emitter, operator: ChannelBypass, inputs: Sequence[int]) -> None:
+    alone = operator.filters == 0
+    pooled = operator.stride != (1, 1)
+    bypassed = inputs[0]
+    if not (alone and operator.passed == operator.input[1]):
+        bypassed = emit.slice_channels(bypassed, operator.filters, operator.passed, "slice", last=alone and not pooled)
+    if pooled:
+        bottom, right = (-size % stride for size, stride in zip(operator.input[2:], operator.stride, strict=True))
+        bypassed = emit.average(
+            bypassed, operator.stride, operator.stride, (0, 0, bottom, right), part="pool", last=alone
+        )
+    if alone:
+        return
+    source = inputs[0]
+    if operator.depthwise:
+        source = emit.slice_channels(source, 0, operator.filters, "leading")
+    filtered = emit.convolve(
+        source, emit.arrays["weight"], emit.arrays.get("bias"), stride=operator.stride, padding=operator.padding,
+        groups=operator.filters if operator.depthwise else 1, activation=operator.activation, part="conv",
+    )  # fmt: skip
+    emit.emit(
+        Code.CONCATENATION, filtered, bypassed, part="concat", shape=_nhwc(operator.output), last=True,
+        options=schema.ConcatenationOptionsT(axis=3),
+    )  # fmt: skip
+
+
+def _residual_add(emit: _Emitter, operator: ResidualAdd, inputs: Sequence[int]) -> None:
+    wide, narrow = (inputs[0], inputs[1]) if operator.input[1] > operator.shortcut_channels else (inputs[1], inputs[0])
+    missing = abs(operator.input[1] - operator.shortcut_channels)
+    padded = emit.pad(narrow, ((0, 0), (0, 0), (0, 0), (0, missing)), "pad")
+    emit.add(wide, padded, operator.activation, part="add")
+
+
+def _add(emit: _Emitter, operator: Add, inputs: Sequence[int]) -> None:
+    emit.add(inputs[0], inputs[1], operator.activation, part="add")
+
+
+def _global_pool(emit: _Emitter, operator: GlobalPool, inputs: Sequence[int]) -> None:
+    emit.mean(inputs[0], keep=False, part="pool", last=True)
+
+
+def _pool(emit: _Emitter, operator: Pool, inputs: Sequence[int]) -> None:
+    tensor = inputs[0]
+    if operator.mode == "average":
+        emit.average(tensor, operator.kernel, operator.stride, operator.padding, part="pool", last=True)
+        return
+    window = _window(emit.shape(tensor), operator.kernel, operator.stride, operator.padding)
+    if window.pads is not None:
+        tensor = emit.pad(tensor, window.pads, "pad", value=-np.inf)
+    options = schema.Pool2DOptionsT(
+        padding=window.mode, strideH=operator.stride[0], strideW=operator.stride[1], filterHeight=operator.kernel[0],
+        filterWidth=operator.kernel[1],
+    )  # fmt: skip
+    emit.emit(Code.MAX_POOL_2D, tensor, part="pool", shape=_nhwc(operator.output), options=options, last=True)
+
+
+def _upsample(emit: _Emitter, operator: Upsample, inputs: Sequence[int]) -> None:
+    shape = _nhwc(operator.output)
+    # With half pixels the nearest element of a whole factor is never a matter of rounding.
+    emit.emit(
+        Code.RESIZE_NEAREST_NEIGHBOR, inputs[0], emit.constant("size", shape[1:3], np.int32), part="resize",
+        shape=shape, options=schema.ResizeNearestNeighborOptionsT(halfPixelCenters=True), last=True,
+        version=HALF_PIXEL_VERSION,
+    )  # fmt: skip
+
+
+def _activate(emit: _Emitter, operator: Activate, inputs: Sequence[int]) -> None:
+    emit.activate(operator.activation, inputs[0], last=True)
+
+
+_LOWERINGS: dict[type[BaseOperator], Callable[[_Emitter, Any, Sequence[int]], None]] = {
+    Convolution: _convolution,
+    Linear: _linear,
+    SqueezeExcite: _squeeze_excite,
+    ChannelBypass: _channel_bypass,
+    ResidualAdd: _residual_add,
+    Add: _add,
+    GlobalPool: _global_pool,
+    Pool: _pool,
+    Upsample: _upsample,
+    Activate: _activate,
+}
+
+
+def to_tflite(network: Network, weights: Weights | None = None, seed: int = 0) -> bytes:
+    """The network as a TFLite model of float32; inputs `t0`, `t1`, …, outputs named after their tensors, all NHWC.
+
+    Without `weights` they are made up from `seed`. Raises InvalidInput where weights do not fit the network.
+    """
+    weights = made_up(network, seed) if weights is None else checked(network, weights)
+    model = _Model()
+    tensors = [model.tensor(tensor_name(tensor), _nhwc(shape)) for tensor, shape in enumerate(network.shapes)]
+    for number, node in enumerate(network.nodes):
+        emitter = _Emitter(model, number, tensors[len(network.inputs) + number], dict(weights[number]))
+        _LOWERINGS[type(node.operator)](emitter, node.operator, [tensors[tensor] for tensor in node.inputs])
+    return model.pack(
+        tensors[: len(network.inputs)], [tensors[tensor] for tensor in network.output_tensors],
+        f"network_{network.key}",
+    )  # fmt: skip

@@ -1,0 +1,131 @@
+"""One contract for every format and every kind of operator: the runtimes that read the format and the PyTorch
+reference give the same numbers."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from ai_edge_litert.interpreter import Interpreter, OpResolverType
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from operators_at_random import BY_KIND
+
+import lut_db.lowering
+from lut_db.canary import canary
+from lut_db.errors import InvalidInput
+from lut_db.lowering import onnx, tflite
+from lut_db.lowering.weights import Weights, made_up
+from lut_db.networks import Network, NetworkBuilder
+from lut_db.operators import KINDS, Convolution, Operator
+from search_client import networks
+from search_client.architecture import Architecture
+from search_client.sliced import reference
+
+Arrays = Sequence[np.ndarray]
+
+
+def run_onnx(network: Network, weights: Weights, inputs: Arrays) -> Arrays:
+    session = onnxruntime.InferenceSession(
+        onnx.to_onnx(network, weights).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    return session.run(None, {onnx.tensor_name(i): values for i, values in enumerate(inputs)})
+
+
+def run_tflite(resolver: OpResolverType) -> Callable[[Network, Weights, Arrays], Arrays]:
+    def run(network: Network, weights: Weights, inputs: Arrays) -> Arrays:
+        interpreter = Interpreter(
+            model_content=tflite.to_tflite(network, weights), experimental_op_resolver_type=resolver, num_threads=1
+        )
+        interpreter.allocate_tensors()
+        for described, values in zip(interpreter.get_input_details(), inputs, strict=True):
+            interpreter.set_tensor(described["index"], tflite.to_nhwc(values))
+        interpreter.invoke()
+        return [
+            tflite.to_nchw(interpreter.get_tensor(described["index"])) for described in interpreter.get_output_details()
+        ]
+
+    return run
+
+
+RUNTIMES: dict[str, Callable[[Network, Weights, Arrays], Arrays]] = {
+    "onnx in ONNX Runtime": run_onnx,
+    "tflite in LiteRT with XNNPACK": run_tflite(OpResolverType.BUILTIN),
+    "tflite in LiteRT": run_tflite(OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES),
+}
+LOWERINGS: dict[str, Callable[..., object]] = {"onnx": onnx.to_onnx, "tflite": tflite.to_tflite}
+
+
+def agree(runtime: str, network: Network, seed: int) -> None:
+    weights = made_up(network, seed)
+    rng = np.random.default_rng(seed)
+    inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in network.inputs]
+    with torch.inference_mode():
+        expected = reference(network, weights)(*map(torch.from_numpy, inputs))
+    outputs = [expected] if isinstance(expected, torch.Tensor) else list(expected)
+    found = RUNTIMES[runtime](network, weights, inputs)
+    for got, want, tensor in zip(found, outputs, network.output_tensors, strict=True):
+        assert got.shape == network.shapes[tensor]
+        np.testing.assert_allclose(got, want.numpy(), atol=1e-4, rtol=1e-4)
+
+
+def test_every_format_is_run() -> None:
+    formats = {module.name for module in pkgutil.iter_modules(lut_db.lowering.__path__)} - {"weights"}
+    assert formats == set(LOWERINGS) == {runtime.split()[0] for runtime in RUNTIMES}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_every_kind_agrees_with_the_reference(kind: str, runtime: str) -> None:
+    assert kind in BY_KIND, f"tests/operators_at_random.py has no strategy for the kind {kind!r}"
+
+    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(operator=BY_KIND[kind], seed=st.integers(0, 1000))
+    def check(operator: Operator, seed: int) -> None:
+        agree(runtime, Network.of(operator), seed)
+
+    check()
+
+
+def sub_network() -> Network:
+    """A small MobileNetV3 that lost filters in every second layer: with bypasses and paddings of every sort."""
+    description = networks.load("mobilenet_v3", image_size=33, classes=10, width=0.25)
+    space = description.space
+    widths = tuple(
+        layer.widths[len(layer.widths) // 2] if number % 2 else layer.widths[-1]
+        for number, layer in enumerate(space.layers)
+    )
+    return description.network(Architecture(widths=widths, kernels=space.full.kernels), batch=2)
+
+
+@pytest.mark.parametrize("network", [canary(), sub_network()], ids=["canary", "sub-network"])
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_whole_networks_agree_with_the_reference(runtime: str, network: Network) -> None:
+    agree(runtime, network, 0)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_every_output_that_is_asked_for_is_returned(runtime: str) -> None:
+    nodes = len(canary().nodes)
+    agree(runtime, canary().model_copy(update={"outputs": (1, nodes - 2, nodes)}), 0)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_made_up_weights_are_the_same_every_time(lowering: str) -> None:
+    assert LOWERINGS[lowering](canary(), seed=3) == LOWERINGS[lowering](canary(), seed=3)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_weights_that_do_not_fit_are_refused(lowering: str) -> None:
+    lower = LOWERINGS[lowering]
+    build = NetworkBuilder()
+    build.add(Convolution(input=(1, 3, 8, 8), filters=4, kernel=(3, 3)), build.input((1, 3, 8, 8)))
+    network = build.network()
+    with pytest.raises(InvalidInput, match=r"weights\[0\]\.weight"):
+        lower(network, [{"weight": np.zeros((4, 3, 1, 1), np.float32), "bias": np.zeros(4, np.float32)}])
+    with pytest.raises(InvalidInput, match="bias"):
+        lower(network, [{"weight": np.zeros((4, 3, 3, 3), np.float32)}])
