@@ -1,0 +1,561 @@
+"""LiteRT (TensorFlow Lite) on the CPU, by default through XNNPACK.
+
+Spoken to through the C interface of the wheel's shared library: a run then is one call without copies, and the
+runtime's own profiler can be read. With XNNPACK the profiler tells the time of each XNNPACK operator, but not which
+operator of the model it came from. Both are in the same order, so they are matched by their names, one after the
+other, and whatever does not match is refused. Without XNNPACK the profiler counts the model's operators itself.
+
+The profiler keeps room for half a million entries, some 80 MB, in each network loaded with `profile=True`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from ctypes import byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import ai_edge_litert
+import numpy as np
+from numpy.typing import NDArray
+
+from device_agents import evidence
+from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
+from lut_db.errors import InvalidInput
+from lut_db.lowering.tflite import ModelOperator, model_operators, to_nchw, to_nhwc, to_tflite
+from lut_db.lowering.weights import Weights
+from lut_db.measurements import Evidence, Failure
+from lut_db.networks import Network
+from lut_db.operators import Convolution
+from lut_db.plans import Plan
+from lut_db.targets import Target
+
+PACKAGE = "ai-edge-litert"
+SERIES = "2.3."
+"""The series of the package whose C interface this file speaks; it is not fixed between series."""
+
+SETTINGS = {"xnnpack": "on or off: XNNPACK's kernels or the runtime's own; on by default"}
+INPUT_SEED = 0
+
+
+def create(options: Options) -> Backend:
+    xnnpack = options.settings.get("xnnpack", "on")
+    if xnnpack not in ("on", "off"):
+        raise InvalidInput(f"{xnnpack!r} is neither on nor off", field="settings.xnnpack", remedy="on or off")
+    return CpuLitert(options, xnnpack == "on")
+
+
+def doctor(options: Options) -> Iterator[Check]:
+    version = metadata.version(PACKAGE)
+    yield Check(PACKAGE, version.startswith(SERIES), version, f"pip install '{PACKAGE}=={SERIES}*'")
+    try:
+        session = _Session(Network.of(_PROBE), CpuLitert(options, options.settings.get("xnnpack", "on") == "on"), True)
+        session.time(1)
+        found = f"{_library().path.name}, {_profiler_name(session.backend.xnnpack)} answers"
+        session.node_times()
+    except (OSError, AttributeError, Unsupported) as error:
+        yield Check("C interface", False, str(error), f"pip install --force-reinstall '{PACKAGE}=={SERIES}*'")
+    else:
+        yield Check("C interface", True, found)
+    yield from evidence.cpu_checks(options.threads, options.cores)
+
+
+_PROBE = Convolution(input=(1, 8, 8, 8), filters=8, kernel=(3, 3), padding=(1, 1, 1, 1), activation="relu")
+
+
+def _profiler_name(xnnpack: bool) -> str:
+    return "XNNPACK's profiler" if xnnpack else "LiteRT's profiler"
+
+
+class _Watch(evidence.CpuWatch):
+    """Watches the machine, and says where the times of nodes come from."""
+
+    def __init__(self, xnnpack: bool):
+        super().__init__()
+        self.xnnpack = xnnpack
+
+    def read(self, plan: Plan) -> tuple[Evidence, Failure | None]:
+        facts, failure = super().read(plan)
+        return {**facts, "node_times": _profiler_name(self.xnnpack)}, failure
+
+
+class CpuLitert:
+    burst: int | None = 1
+
+    def __init__(self, options: Options, xnnpack: bool):
+        self.options = options
+        self.xnnpack = xnnpack
+
+    def target(self) -> Target:
+        return Target(
+            device_model=evidence.cpu_model(),
+            os_build=evidence.os_build(),
+            runtime="litert",
+            runtime_version=metadata.version(PACKAGE),
+            threads=self.options.threads,
+            cores=self.options.cores,
+            clock_policy=evidence.clock_policy(),
+            options={"xnnpack": "on" if self.xnnpack else "off"},
+        )
+
+    def ready(self) -> None:
+        """A processor always is."""
+
+    def watch(self) -> evidence.CpuWatch:
+        return _Watch(self.xnnpack)
+
+    def load(self, model: Network | Path, *, profile: bool) -> Loaded:
+        return _Session(model, self, profile)
+
+    def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
+        session = _Session(network, self, False, weights)
+        session.write([to_nhwc(values) for values in inputs])
+        session.time(1)
+        return [to_nchw(values) for values in session.read()]
+
+
+# --- the C interface -------------------------------------------------------------------------------------------
+
+HOST_MEMORY = 1
+LOCK_TO_READ, LOCK_TO_WRITE = 0, 1
+CPU = 1
+"""The processor as an accelerator, in a set of bits."""
+LONGEST_SHAPE = 8
+ELEMENTS: dict[int, type[np.generic]] = {
+    1: np.float32, 2: np.int32, 3: np.uint8, 4: np.int64, 6: np.bool_, 7: np.int16, 9: np.int8, 10: np.float16,
+    11: np.float64,
+}  # fmt: skip
+"""Types of a tensor's elements."""
+
+MIN_SEVERITY_OPTION, ACCELERATORS_OPTION = 25, 24
+ERRORS_ONLY = 3
+INTEGER = 2
+CPU_OPTIONS, RUNTIME_OPTIONS = b"xnnpack", b"runtime_options_string"
+"""What the runtime calls the options for its processor kernels and for itself; both are TOML."""
+
+
+class _Layout(ctypes.Structure):
+    _fields_ = (
+        ("rank", c_uint32, 7), ("has_strides", c_uint32, 1), ("sizes", c_int32 * LONGEST_SHAPE),
+        ("strides", c_uint32 * LONGEST_SHAPE),
+    )  # fmt: skip
+
+
+class _TensorType(ctypes.Structure):
+    _fields_ = (("element", c_int), ("layout", _Layout))
+
+
+class _Option(ctypes.Structure):
+    """A setting of an environment; of the kinds of values only integers are wanted."""
+
+    _fields_ = (("tag", c_int), ("kind", c_int), ("value", c_int64))
+
+
+EVENT = np.dtype(
+    [("tag", np.uint64), ("type", np.int32), ("start_us", np.uint64), ("elapsed_us", np.uint64),
+     ("memory", np.uint64, 6), ("index", np.int64), ("subgraph", np.int64), ("source", np.int32)],
+    align=True,
+)  # fmt: skip
+"""An entry of the profile; `tag` is the address of its name."""
+
+STATUSES = {
+    1: "invalid argument", 2: "out of memory", 3: "runtime failure", 4: "missing input", 5: "unsupported",
+    6: "not found", 500: "file not readable", 501: "not a valid TFLite file", 504: "compilation failed",
+    1000: "index out of bounds", 1001: "invalid type", 1002: "invalid graph",
+}  # fmt: skip
+
+RETURN_NOTHING = (
+    "LiteRtDestroyEnvironment", "LiteRtDestroyModel", "LiteRtDestroyOptions", "LiteRtDestroyCompiledModel",
+    "LiteRtDestroyTensorBuffer",
+)  # fmt: skip
+
+
+@ctypes.CFUNCTYPE(None, c_void_p)
+def _keep(_: int) -> None:
+    """Called by the runtime when it needs an option's text no longer. Python frees it."""
+
+
+class _Library:
+    """The shared library, with the status of every call checked, and one environment for the whole process."""
+
+    def __init__(self) -> None:
+        name = {"darwin": "libLiteRt.dylib", "win32": "libLiteRt.dll"}.get(sys.platform, "libLiteRt.so")
+        self.path = Path(ai_edge_litert.__file__).with_name(name)
+        self.functions = ctypes.CDLL(str(self.path))
+        for name in RETURN_NOTHING:
+            getattr(self.functions, name).restype = None
+        options = (_Option * 2)(
+            _Option(MIN_SEVERITY_OPTION, INTEGER, ERRORS_ONLY), _Option(ACCELERATORS_OPTION, INTEGER, CPU)
+        )
+        self.environment = self.make("LiteRtCreateEnvironment", len(options), options)
+
+    def call(self, name: str, *arguments: object) -> None:
+        """Raises Unsupported where the runtime refuses."""
+        self.check(name, getattr(self.functions, name)(*arguments))
+
+    def check(self, name: str, status: int) -> None:
+        if status:
+            raise Unsupported(f"LiteRT refused: {name} gave status {status}, {STATUSES.get(status, 'unknown')}")
+
+    def make(self, name: str, *arguments: object) -> c_void_p:
+        """What a call puts into its last argument."""
+        made = c_void_p()
+        self.call(name, *arguments, byref(made))
+        return made
+
+    def count(self, name: str, *arguments: object) -> int:
+        counted = c_size_t()
+        self.call(name, *arguments, byref(counted))
+        return counted.value
+
+
+@cache
+def _library() -> _Library:
+    version = metadata.version(PACKAGE)
+    if not version.startswith(SERIES):
+        raise InvalidInput(
+            f"{PACKAGE} {version} has another C interface",
+            field="backend",
+            remedy=f"pip install '{PACKAGE}=={SERIES}*'",
+        )
+    return _Library()
+
+
+@dataclass
+class _Tensor:
+    """A tensor of the model's border and the buffer that holds it."""
+
+    buffer: c_void_p
+    shape: tuple[int, ...]
+    dtype: type[np.generic]
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+
+class _Session:
+    """A model ready to run, with buffers for its inputs and outputs."""
+
+    def __init__(self, model: Network | Path, backend: CpuLitert, profile: bool, weights: Weights | None = None):
+        self.backend = backend
+        self.library = library = _library()
+        # Whatever is made last goes first.
+        made: list[tuple[str, c_void_p]] = []
+        weakref.finalize(self, _destroy, library, made)
+
+        def make(destroy: str, name: str, *arguments: object) -> c_void_p:
+            handle = library.make(name, *arguments)
+            made.append((destroy, handle))
+            return handle
+
+        if isinstance(model, Path):
+            source = make("LiteRtDestroyModel", "LiteRtCreateModelFromFile", library.environment, str(model).encode())
+        else:
+            # The runtime reads the weights where they are.
+            self.bytes = to_tflite(model, weights)
+            source = make(
+                "LiteRtDestroyModel", "LiteRtCreateModelFromBuffer", library.environment, c_char_p(self.bytes),
+                c_size_t(len(self.bytes)),
+            )  # fmt: skip
+        options = make("LiteRtDestroyOptions", "LiteRtCreateOptions")
+        library.call("LiteRtSetOptionsHardwareAccelerators", options, CPU)
+        kernels = "xnnpack" if backend.xnnpack else "builtin"
+        self.texts = (
+            f'num_threads = {backend.options.threads}\nkernel_mode = "{kernels}"\n'.encode(),
+            f"enable_profiling = {'true' if profile else 'false'}\n".encode(),
+        )
+        for identifier, text in zip((CPU_OPTIONS, RUNTIME_OPTIONS), self.texts, strict=True):
+            opaque = library.make("LiteRtCreateOpaqueOptions", identifier, c_char_p(text), _keep)
+            library.call("LiteRtAddOpaqueOptions", options, opaque)
+        self.model = make(
+            "LiteRtDestroyCompiledModel", "LiteRtCreateCompiledModel", library.environment, source, options
+        )
+
+        signature = library.make("LiteRtGetModelSignature", source, c_size_t(0))
+        self.inputs = self._tensors(make, signature, "Input")
+        self.outputs = self._tensors(make, signature, "Output")
+        random = np.random.default_rng(INPUT_SEED)
+        self.write([random.standard_normal(tensor.shape).astype(tensor.dtype) for tensor in self.inputs])
+        self.arguments = (
+            self.model, c_size_t(0), c_size_t(len(self.inputs)), _addresses(self.inputs), c_size_t(len(self.outputs)),
+            _addresses(self.outputs),
+        )  # fmt: skip
+        self.profile: _Profile | None = None
+        # What a runtime does only in the first run belongs to loading.
+        self.time(1)
+        if profile:
+            assert isinstance(model, Network), "only networks can be profiled"
+            self.profile = _Profile(library, self.model, model, model_operators(self.bytes, model), backend.xnnpack)
+
+    def _tensors(self, make: Callable[..., c_void_p], signature: c_void_p, side: str) -> list[_Tensor]:
+        """The tensors of one side with fresh buffers, in the sizes that the runtime gave to those left open."""
+        library = self.library
+        count = library.count(f"LiteRtGetNumSignature{side}s", signature)
+        layouts = (_Layout * count)()
+        if side == "Output":
+            library.call(
+                "LiteRtGetCompiledModelOutputTensorLayouts", self.model, c_size_t(0), c_size_t(count), layouts,
+                ctypes.c_bool(True),
+            )  # fmt: skip
+        tensors = []
+        for number in range(count):
+            if side == "Input":
+                library.call(
+                    "LiteRtGetCompiledModelInputTensorLayout", self.model, c_size_t(0), c_size_t(number),
+                    byref(layouts[number]),
+                )  # fmt: skip
+            tensor = library.make(f"LiteRtGetSignature{side}TensorByIndex", signature, c_size_t(number))
+            kind = _TensorType()
+            library.call("LiteRtGetRankedTensorType", tensor, byref(kind))
+            kind.layout = layouts[number]
+            if kind.element not in ELEMENTS:
+                raise Unsupported(f"{side.lower()} {number} has elements of LiteRT's type {kind.element}")
+            shape = tuple(kind.layout.sizes[: kind.layout.rank])
+            described = _Tensor(c_void_p(), shape, ELEMENTS[kind.element])
+            described.buffer = make(
+                "LiteRtDestroyTensorBuffer", "LiteRtCreateManagedTensorBuffer", library.environment, HOST_MEMORY,
+                byref(kind), c_size_t(described.bytes),
+            )  # fmt: skip
+            tensors.append(described)
+        return tensors
+
+    def write(self, values: Sequence[NDArray]) -> None:
+        """Fills the inputs."""
+        for tensor, given in zip(self.inputs, values, strict=True):
+            if given.shape != tensor.shape:
+                raise InvalidInput(f"shape {given.shape} where the model takes {tensor.shape}", field="inputs")
+            array = np.ascontiguousarray(given, tensor.dtype)
+            address = self._lock(tensor, LOCK_TO_WRITE)
+            ctypes.memmove(address, array.ctypes.data, array.nbytes)
+            self.library.call("LiteRtUnlockTensorBuffer", tensor.buffer)
+
+    def read(self) -> list[NDArray]:
+        """Copies of the outputs."""
+        found = []
+        for tensor in self.outputs:
+            address = self._lock(tensor, LOCK_TO_READ)
+            found.append(np.frombuffer(ctypes.string_at(address, tensor.bytes), tensor.dtype).reshape(tensor.shape))
+            self.library.call("LiteRtUnlockTensorBuffer", tensor.buffer)
+        return found
+
+    def _lock(self, tensor: _Tensor, mode: int) -> c_void_p:
+        address = c_void_p()
+        self.library.call("LiteRtLockTensorBuffer", tensor.buffer, byref(address), mode)
+        return address
+
+    def time(self, runs: int) -> list[float]:
+        run, arguments = self.library.functions.LiteRtRunCompiledModel, self.arguments
+        times_ms = []
+        for _ in range(runs):
+            begin = time.perf_counter()
+            status = run(*arguments)
+            times_ms.append((time.perf_counter() - begin) * 1e3)
+            self.library.check("LiteRtRunCompiledModel", status)
+            if self.profile is not None:
+                self.profile.drain_if_full()
+        return times_ms
+
+    def node_times(self) -> NodeTimes:
+        assert self.profile is not None, "loaded without profile=True"
+        return self.profile.node_times()
+
+
+def _addresses(tensors: Sequence[_Tensor]) -> ctypes.Array[c_void_p]:
+    return (c_void_p * len(tensors))(*(tensor.buffer for tensor in tensors))
+
+
+def _destroy(library: _Library, made: list[tuple[str, c_void_p]]) -> None:
+    while made:
+        name, handle = made.pop()
+        getattr(library.functions, name)(handle)
+
+
+# --- the profile -----------------------------------------------------------------------------------------------
+
+OPERATOR, DELEGATED = 2, 8
+"""Types of entries: an operator of the model, counted by its index; an operator of XNNPACK, in the order of running."""
+SURROUNDINGS = frozenset({1, 16, 32})
+"""Types of entries for whole runs and parts of the runtime; they hold the others."""
+FIRST_OF_RUN = "LiteRT::Run[buffer registration]"
+FULL = 1 << 18
+"""Entries after which the profiler is emptied: half of what it can hold."""
+HALF_US = 0.5
+"""XNNPACK tells whole microseconds, rounded down: the middle of what was meant is half a microsecond later."""
+
+XNNPACK_NAMES: dict[str, tuple[str, ...]] = {
+    "ADD": ("Add",),
+    "AVERAGE_POOL_2D": ("Average Pooling", "Copy", "Clamp"),
+    "CONCATENATION": ("Copy", "Concatenate"),
+    "CONV_2D": ("Convolution", "Fully Connected"),
+    "DEPTHWISE_CONV_2D": ("Convolution",),
+    "FULLY_CONNECTED": ("Fully Connected",),
+    "HARD_SWISH": ("HardSwish",),
+    "LOGISTIC": ("Sigmoid",),
+    "MAX_POOL_2D": ("Max Pooling", "Copy", "Clamp"),
+    "MEAN": ("Mean",),
+    "MUL": ("Multiply",),
+    "PAD": ("Constant Pad",),
+    "RELU": ("Clamp",),
+    "RELU6": ("Clamp",),
+    "SLICE": ("Slice",),
+}
+"""How the names begin that XNNPACK gives to what it makes of an operator."""
+BEFORE = {"FULLY_CONNECTED": ("Static Reshape", "Pack"), "CONV_2D": ("Static Reshape", "Pack")}
+"""What XNNPACK may put before an operator."""
+ELIDED = frozenset({"PAD", "RELU", "RELU6", "AVERAGE_POOL_2D", "MAX_POOL_2D"})
+"""What XNNPACK may take into a neighbour: padding into a convolution, a clamp into what makes its input, and a pool
+of single elements, which is none."""
+CLAMPED_BY_ANOTHER = frozenset({"ADD", "MUL"})
+"""Operators whose fused activation is an operator of its own to XNNPACK."""
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What one entry of a run says: the type, the name, and the index that the profiler gave it."""
+
+    type: int
+    name: str
+    index: int
+
+
+class _Profile:
+    """Collects the runtime's profile and tells it by the network's nodes."""
+
+    def __init__(
+        self, library: _Library, model: c_void_p, network: Network, operators: list[ModelOperator], xnnpack: bool
+    ):
+        self.library = library
+        self.nodes = len(network.nodes)
+        self.operators = operators
+        self.xnnpack = xnnpack
+        self.profiler = library.make("LiteRtCompiledModelGetProfiler", model)
+        if not self.profiler:
+            raise Unsupported("LiteRT made no profiler for this network")
+        self.entries: list[_Entry] | None = None
+        self.charges: list[tuple[int, float]] = []
+        self.runs: list[NDArray[np.float64]] = []
+        library.call("LiteRtStartProfiler", self.profiler)
+
+    def drain_if_full(self) -> None:
+        if self._count() >= FULL:
+            self._drain()
+            self.library.call("LiteRtStartProfiler", self.profiler)
+
+    def node_times(self) -> NodeTimes:
+        self.library.call("LiteRtStopProfiler", self.profiler)
+        self._drain()
+        times = np.stack(self.runs) if self.runs else np.zeros((0, self.nodes))
+        events = np.bincount([node for node, _ in self.charges], minlength=self.nodes)
+        return NodeTimes(total_ms=times, layout_ms=np.zeros_like(times), events=events)
+
+    def _count(self) -> int:
+        counted = c_int()
+        self.library.call("LiteRtGetNumProfilerEvents", self.profiler, byref(counted))
+        return counted.value
+
+    def _drain(self) -> None:
+        """Adds up what the profiler holds, run by run."""
+        count = self._count()
+        if not count:
+            return
+        events = np.zeros(count, EVENT)
+        self.library.call("LiteRtGetProfilerEvents", self.profiler, count, events.ctypes.data_as(c_void_p))
+        names = [ctypes.string_at(int(address)).decode() for address in events["tag"]]
+        begins = [number for number, name in enumerate(names) if name == FIRST_OF_RUN]
+        if not begins or begins[0] != 0:
+            raise Unsupported(f"the profile begins with {names[0]!r}, not with a run")
+        for begin, end in zip(begins, [*begins[1:], count], strict=True):
+            kept = [number for number in range(begin, end) if int(events["type"][number]) not in SURROUNDINGS]
+            entries = [
+                _Entry(int(events["type"][number]), names[number], int(events["index"][number])) for number in kept
+            ]
+            if self.entries is None:
+                self.entries = entries
+                self.charges = charges(entries, self.operators, self.xnnpack)
+            elif entries != self.entries:
+                raise Unsupported(f"run {len(self.runs)} of the profile differs from the first")
+            elapsed_us = events["elapsed_us"][kept].astype(np.float64)
+            times_ms = np.zeros(self.nodes)
+            for (node, missing_us), value in zip(self.charges, elapsed_us, strict=True):
+                times_ms[node] += (value + missing_us) / 1e3
+            self.runs.append(times_ms)
+
+
+def charges(entries: Sequence[_Entry], operators: Sequence[ModelOperator], xnnpack: bool) -> list[tuple[int, float]]:
+    """For every entry of a run: the network's node that pays for it, and what its rounding took off in microseconds.
+
+    Raises Unsupported where an entry is not one of what the model's operators are known to become.
+    """
+    for entry in entries:
+        if entry.type not in (OPERATOR, DELEGATED):
+            raise Unsupported(f"the profile has an entry {entry.name!r} of the unknown type {entry.type}")
+        if entry.type == DELEGATED and not xnnpack:
+            raise Unsupported(f"the profile names {entry.name!r} of a delegate where none was asked for")
+        if entry.type == OPERATOR and not (
+            0 <= entry.index < len(operators) and operators[entry.index].code == entry.name
+        ):
+            raise Unsupported(f"the profile names an operator {entry.name!r}, {entry.index}, that the model has not")
+    own = {entry.index for entry in entries if entry.type == OPERATOR}
+    rest = list(entries)
+    charged: list[tuple[int, float]] = []
+
+    def take(names: Sequence[str], operator: ModelOperator, objects: int = 1) -> bool:
+        if not rest or rest[0].type != DELEGATED or not rest[0].name.startswith(tuple(names)):
+            return False
+        rest.pop(0)
+        charged.append((operator.owner, HALF_US * objects))
+        return True
+
+    def take_all(names: Sequence[str], operator: ModelOperator) -> None:
+        more = bool(names)
+        while more:
+            more = take(names, operator)
+
+    for number in _execution_order(operators, own) if xnnpack else range(len(operators)):
+        operator = operators[number]
+        code = operator.code
+        if number in own:
+            if not rest or rest[0].type != OPERATOR or rest[0].index != number:
+                raise Unsupported(f"the profile tells operator {number}, {code}, out of turn")
+            rest.pop(0)
+            charged.append((operator.owner, 0.0))
+            continue
+        take_all(BEFORE.get(code, ()), operator)
+        # A concatenation is one copy for each of its inputs, each rounded.
+        objects = len(operator.inputs) if code == "CONCATENATION" else 1
+        taken = take(XNNPACK_NAMES.get(code, ()), operator, objects)
+        if not taken and code not in ELIDED:
+            found = repr(rest[0].name) if rest else "nothing"
+            raise Unsupported(f"the profile has {found} where operator {number}, {code}, is due")
+        if operator.clamped and code in CLAMPED_BY_ANOTHER:
+            take(("Clamp",), operator)
+    if rest:
+        raise Unsupported(f"the profile has {rest[0].name!r} behind the model's last operator")
+    return charged
+
+
+def _execution_order(operators: Sequence[ModelOperator], own: set[int]) -> list[int]:
+    """The order in which operators run where all but the runtime's `own` are delegated.
+
+    The runtime takes turns: as many as can run of one side, in the model's order, then as many of the other.
+    """
+    unmade = {tensor for operator in operators for tensor in operator.outputs}
+    waiting = list(range(len(operators)))
+    order: list[int] = []
+    while waiting:
+        turn: list[int] = []
+        for number in waiting:
+            ready = unmade.isdisjoint(operators[number].inputs)
+            if ready and (not turn or (number in own) == (turn[0] in own)):
+                turn.append(number)
+                unmade.difference_update(operators[number].outputs)
+        order.extend(turn)
+        waiting = [number for number in waiting if number not in turn]
+    return order
