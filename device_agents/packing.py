@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lut_db.networks import Network, NetworkBuilder
-from lut_db.operators import BaseOperator, Convolution, GlobalPool, Linear, Operator, Shape
+from lut_db.operators import Activate, BaseOperator, Convolution, GlobalPool, Linear, Operator, Pool, Shape
 
 MAX_FILLERS_IN_A_ROW = 3
 """How far a carrier may walk over operators that need no more places, to reach one that does."""
@@ -23,6 +23,7 @@ SHORTEST = 12
 """Operators of a carrier at least, where there are that many to fill it up with."""
 
 FUSED_INTO_CONVOLUTIONS = frozenset({"add", "activation"})
+CLAMPS = frozenset({"relu", "relu6"})
 
 IMAGE_CHANNELS = 8
 """Channels of a carrier's input: enough for a runtime's blocked layout, so that the first adapter is ordinary."""
@@ -151,7 +152,7 @@ class _Packer:
         reachable = [o for o in reachable if _size(_main_input(o)) == largest]
         self.rng.shuffle(reachable)
         for operator in reachable:
-            adapted = walk.adapt(current, _main_input(operator))
+            adapted = walk.adapt(current, _main_input(operator), operator)
             if walk.can_place(operator, adapted):
                 return operator, adapted
         return None
@@ -165,6 +166,10 @@ def _size(shape: Shape) -> int:
 def _strides(here: Shape, there: Shape) -> tuple[int, int]:
     """The strides by which a convolution 1 x 1 leads from one size of map to another."""
     return (-(-here[2] // there[2]), -(-here[3] // there[3]))
+
+
+def _clamps(operator: BaseOperator) -> bool:
+    return isinstance(operator, Activate) and operator.activation in CLAMPS
 
 
 def _can_adapt(here: Shape, there: Shape) -> bool:
@@ -199,15 +204,15 @@ class _Walk:
             self.build.input((shape[0], IMAGE_CHANNELS, *shape[2:]) if len(shape) == 4 else shape)
             for shape in operator.inputs
         ]
-        adapted = [self.adapt(image, shape) for image, shape in zip(images, operator.inputs, strict=True)]
+        adapted = [self.adapt(image, shape, operator) for image, shape in zip(images, operator.inputs, strict=True)]
         return adapted[0]
 
     def _keep(self, tensor: int) -> int:
         self.tensors.setdefault(self.shape(tensor), []).append(tensor)
         return tensor
 
-    def adapt(self, tensor: int, shape: Shape) -> int:
-        """Leads from a tensor to a shape by adapters."""
+    def adapt(self, tensor: int, shape: Shape, reader: Operator) -> int:
+        """Leads from a tensor to a shape by adapters, for an operator that reads it."""
         here = self.shape(tensor)
         if len(here) == 4 and len(shape) == 2:
             tensor = self._add(GlobalPool(input=here), tensor)
@@ -217,8 +222,9 @@ class _Walk:
         if len(shape) == 2:
             return self._keep(self._add(Linear(input=here, features=shape[1]), tensor))
         adapter = Convolution(
-            input=here, filters=shape[1], kernel=(1, 1), stride=_strides(here, shape), activation="relu"
-        )
+            input=here, filters=shape[1], kernel=(1, 1), stride=_strides(here, shape),
+            activation="hard_swish" if _clamps(reader) else "relu",
+        )  # fmt: skip
         return self._keep(self._add(adapter, tensor))
 
     def _add(self, operator: Operator, *inputs: int) -> int:
@@ -233,6 +239,8 @@ class _Walk:
         if operator.kind not in FUSED_INTO_CONVOLUTIONS or tensor < self.inputs:
             return False
         maker = self.build.operator(tensor)
+        if _clamps(operator) and (isinstance(maker, Pool) or getattr(maker, "activation", None) in CLAMPS):
+            return True  # two clamps are one, and a pool can clamp
         return isinstance(maker, Convolution) and maker.activation == "none"
 
     def _second_input(self, operator: Operator, current: int) -> int | None:
@@ -261,7 +269,7 @@ class _Walk:
             if second is None:
                 origin = self._origin(operator)
                 assert origin is not None, "can_place was not asked"
-                second = self.adapt(origin, operator.inputs[1])
+                second = self.adapt(origin, operator.inputs[1], operator)
             inputs.append(second)
         tensor = self._add(operator, *inputs)
         self.places[len(self.build) - 1] = operator.key

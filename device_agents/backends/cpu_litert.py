@@ -1,9 +1,9 @@
 """LiteRT (TensorFlow Lite) on the CPU, by default through XNNPACK.
 
 Spoken to through the C interface of the wheel's shared library: a run then is one call without copies, and the
-runtime's own profiler can be read. With XNNPACK the profiler tells the time of each XNNPACK operator, but not which
-operator of the model it came from. Both are in the same order, so they are matched by their names, one after the
-other, and whatever does not match is refused. Without XNNPACK the profiler counts the model's operators itself.
+runtime's own profiler can be read. With XNNPACK it tells the time of each of XNNPACK's operators, from the end of the
+last one to its own, in whole microseconds (`device_agents.xnnpack` says whose they are). Without XNNPACK it counts the
+model's operators itself.
 
 The profiler keeps room for half a million entries, some 80 MB, in each network loaded with `profile=True`.
 """
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from device_agents import evidence
 from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
+from device_agents.xnnpack import attribute
 from lut_db.errors import InvalidInput
 from lut_db.lowering.tflite import ModelOperator, model_operators, to_nchw, to_nhwc, to_tflite
 from lut_db.lowering.weights import Weights
@@ -59,7 +60,7 @@ def doctor(options: Options) -> Iterator[Check]:
         session.time(1)
         found = f"{_library().path.name}, {_profiler_name(session.backend.xnnpack)} answers"
         session.node_times()
-    except (OSError, AttributeError, Unsupported) as error:
+    except (OSError, AttributeError, InvalidInput, Unsupported) as error:
         yield Check("C interface", False, str(error), f"pip install --force-reinstall '{PACKAGE}=={SERIES}*'")
     else:
         yield Check("C interface", True, found)
@@ -177,8 +178,8 @@ RETURN_NOTHING = (
 
 
 @ctypes.CFUNCTYPE(None, c_void_p)
-def _keep(_: int) -> None:
-    """Called by the runtime when it needs an option's text no longer. Python frees it."""
+def _ignore(_: int) -> None:
+    """Called by the runtime when it needs an option's text no longer, which Python frees."""
 
 
 class _Library:
@@ -246,9 +247,10 @@ class _Session:
     def __init__(self, model: Network | Path, backend: CpuLitert, profile: bool, weights: Weights | None = None):
         self.backend = backend
         self.library = library = _library()
-        # Whatever is made last goes first.
         made: list[tuple[str, c_void_p]] = []
-        weakref.finalize(self, _destroy, library, made)
+        # The runtime reads these where they are: the model with its weights, and the options.
+        kept: list[bytes] = []
+        weakref.finalize(self, _destroy, library, made, kept)
 
         def make(destroy: str, name: str, *arguments: object) -> c_void_p:
             handle = library.make(name, *arguments)
@@ -258,21 +260,20 @@ class _Session:
         if isinstance(model, Path):
             source = make("LiteRtDestroyModel", "LiteRtCreateModelFromFile", library.environment, str(model).encode())
         else:
-            # The runtime reads the weights where they are.
-            self.bytes = to_tflite(model, weights)
+            kept.append(to_tflite(model, weights))
             source = make(
-                "LiteRtDestroyModel", "LiteRtCreateModelFromBuffer", library.environment, c_char_p(self.bytes),
-                c_size_t(len(self.bytes)),
+                "LiteRtDestroyModel", "LiteRtCreateModelFromBuffer", library.environment, c_char_p(kept[0]),
+                c_size_t(len(kept[0])),
             )  # fmt: skip
         options = make("LiteRtDestroyOptions", "LiteRtCreateOptions")
         library.call("LiteRtSetOptionsHardwareAccelerators", options, CPU)
-        kernels = "xnnpack" if backend.xnnpack else "builtin"
-        self.texts = (
-            f'num_threads = {backend.options.threads}\nkernel_mode = "{kernels}"\n'.encode(),
-            f"enable_profiling = {'true' if profile else 'false'}\n".encode(),
-        )
-        for identifier, text in zip((CPU_OPTIONS, RUNTIME_OPTIONS), self.texts, strict=True):
-            opaque = library.make("LiteRtCreateOpaqueOptions", identifier, c_char_p(text), _keep)
+        kernels = "delegate" if backend.xnnpack else "builtin"
+        for identifier, text in (
+            (CPU_OPTIONS, f'num_threads = {backend.options.threads}\nkernel_mode = "{kernels}"\n'),
+            (RUNTIME_OPTIONS, f"enable_profiling = {'true' if profile else 'false'}\n"),
+        ):
+            kept.append(text.encode())
+            opaque = library.make("LiteRtCreateOpaqueOptions", identifier, c_char_p(kept[-1]), _ignore)
             library.call("LiteRtAddOpaqueOptions", options, opaque)
         self.model = make(
             "LiteRtDestroyCompiledModel", "LiteRtCreateCompiledModel", library.environment, source, options
@@ -288,11 +289,12 @@ class _Session:
             _addresses(self.outputs),
         )  # fmt: skip
         self.profile: _Profile | None = None
+        self.timed = 0
         # What a runtime does only in the first run belongs to loading.
-        self.time(1)
+        self._run()
         if profile:
             assert isinstance(model, Network), "only networks can be profiled"
-            self.profile = _Profile(library, self.model, model, model_operators(self.bytes, model), backend.xnnpack)
+            self.profile = _Profile(library, self.model, model, model_operators(kept[0], model), backend.xnnpack)
 
     def _tensors(self, make: Callable[..., c_void_p], signature: c_void_p, side: str) -> list[_Tensor]:
         """The tensors of one side with fresh buffers, in the sizes that the runtime gave to those left open."""
@@ -350,70 +352,52 @@ class _Session:
         self.library.call("LiteRtLockTensorBuffer", tensor.buffer, byref(address), mode)
         return address
 
+    def _run(self) -> float:
+        """Runs the model once; the time that it took, in ms."""
+        begin = time.perf_counter()
+        status = self.library.functions.LiteRtRunCompiledModel(*self.arguments)
+        elapsed_ms = (time.perf_counter() - begin) * 1e3
+        self.library.check("LiteRtRunCompiledModel", status)
+        return elapsed_ms
+
     def time(self, runs: int) -> list[float]:
-        run, arguments = self.library.functions.LiteRtRunCompiledModel, self.arguments
         times_ms = []
         for _ in range(runs):
-            begin = time.perf_counter()
-            status = run(*arguments)
-            times_ms.append((time.perf_counter() - begin) * 1e3)
-            self.library.check("LiteRtRunCompiledModel", status)
+            times_ms.append(self._run())
+            self.timed += 1
             if self.profile is not None:
                 self.profile.drain_if_full()
         return times_ms
 
     def node_times(self) -> NodeTimes:
         assert self.profile is not None, "loaded without profile=True"
-        return self.profile.node_times()
+        times = self.profile.node_times()
+        if len(times.total_ms) != self.timed:
+            raise Unsupported(f"the profile tells {len(times.total_ms)} runs of {self.timed}")
+        return times
 
 
 def _addresses(tensors: Sequence[_Tensor]) -> ctypes.Array[c_void_p]:
     return (c_void_p * len(tensors))(*(tensor.buffer for tensor in tensors))
 
 
-def _destroy(library: _Library, made: list[tuple[str, c_void_p]]) -> None:
+def _destroy(library: _Library, made: list[tuple[str, c_void_p]], kept: list[bytes]) -> None:
+    """Gives back what a session made, the last first, and then what it kept for the runtime."""
     while made:
         name, handle = made.pop()
         getattr(library.functions, name)(handle)
+    kept.clear()
 
 
 # --- the profile -----------------------------------------------------------------------------------------------
 
 OPERATOR, DELEGATED = 2, 8
 """Types of entries: an operator of the model, counted by its index; an operator of XNNPACK, in the order of running."""
-SURROUNDINGS = frozenset({1, 16, 32})
-"""Types of entries for whole runs and parts of the runtime; they hold the others."""
 FIRST_OF_RUN = "LiteRT::Run[buffer registration]"
+SURROUNDINGS = frozenset({FIRST_OF_RUN, "LiteRT::Run[Buffer sync]", "invoke", "Invoke"})
+"""Entries of the whole run and of what the runtime does around the operators."""
 FULL = 1 << 18
 """Entries after which the profiler is emptied: half of what it can hold."""
-HALF_US = 0.5
-"""XNNPACK tells whole microseconds, rounded down: the middle of what was meant is half a microsecond later."""
-
-XNNPACK_NAMES: dict[str, tuple[str, ...]] = {
-    "ADD": ("Add",),
-    "AVERAGE_POOL_2D": ("Average Pooling", "Copy", "Clamp"),
-    "CONCATENATION": ("Copy", "Concatenate"),
-    "CONV_2D": ("Convolution", "Fully Connected"),
-    "DEPTHWISE_CONV_2D": ("Convolution",),
-    "FULLY_CONNECTED": ("Fully Connected",),
-    "HARD_SWISH": ("HardSwish",),
-    "LOGISTIC": ("Sigmoid",),
-    "MAX_POOL_2D": ("Max Pooling", "Copy", "Clamp"),
-    "MEAN": ("Mean",),
-    "MUL": ("Multiply",),
-    "PAD": ("Constant Pad",),
-    "RELU": ("Clamp",),
-    "RELU6": ("Clamp",),
-    "SLICE": ("Slice",),
-}
-"""How the names begin that XNNPACK gives to what it makes of an operator."""
-BEFORE = {"FULLY_CONNECTED": ("Static Reshape", "Pack"), "CONV_2D": ("Static Reshape", "Pack")}
-"""What XNNPACK may put before an operator."""
-ELIDED = frozenset({"PAD", "RELU", "RELU6", "AVERAGE_POOL_2D", "MAX_POOL_2D"})
-"""What XNNPACK may take into a neighbour: padding into a convolution, a clamp into what makes its input, and a pool
-of single elements, which is none."""
-CLAMPED_BY_ANOTHER = frozenset({"ADD", "MUL"})
-"""Operators whose fused activation is an operator of its own to XNNPACK."""
 
 
 @dataclass(frozen=True)
@@ -472,13 +456,13 @@ class _Profile:
         if not begins or begins[0] != 0:
             raise Unsupported(f"the profile begins with {names[0]!r}, not with a run")
         for begin, end in zip(begins, [*begins[1:], count], strict=True):
-            kept = [number for number in range(begin, end) if int(events["type"][number]) not in SURROUNDINGS]
+            kept = [number for number in range(begin, end) if names[number] not in SURROUNDINGS]
             entries = [
                 _Entry(int(events["type"][number]), names[number], int(events["index"][number])) for number in kept
             ]
             if self.entries is None:
                 self.entries = entries
-                self.charges = charges(entries, self.operators, self.xnnpack)
+                self.charges = _charges(entries, self.operators, self.xnnpack)
             elif entries != self.entries:
                 raise Unsupported(f"run {len(self.runs)} of the profile differs from the first")
             elapsed_us = events["elapsed_us"][kept].astype(np.float64)
@@ -488,74 +472,31 @@ class _Profile:
             self.runs.append(times_ms)
 
 
-def charges(entries: Sequence[_Entry], operators: Sequence[ModelOperator], xnnpack: bool) -> list[tuple[int, float]]:
+def _charges(entries: Sequence[_Entry], operators: Sequence[ModelOperator], xnnpack: bool) -> list[tuple[int, float]]:
     """For every entry of a run: the network's node that pays for it, and what its rounding took off in microseconds.
 
     Raises Unsupported where an entry is not one of what the model's operators are known to become.
     """
-    for entry in entries:
+    own: dict[int, int] = {}
+    for number, entry in enumerate(entries):
         if entry.type not in (OPERATOR, DELEGATED):
             raise Unsupported(f"the profile has an entry {entry.name!r} of the unknown type {entry.type}")
-        if entry.type == DELEGATED and not xnnpack:
-            raise Unsupported(f"the profile names {entry.name!r} of a delegate where none was asked for")
-        if entry.type == OPERATOR and not (
-            0 <= entry.index < len(operators) and operators[entry.index].code == entry.name
-        ):
-            raise Unsupported(f"the profile names an operator {entry.name!r}, {entry.index}, that the model has not")
-    own = {entry.index for entry in entries if entry.type == OPERATOR}
-    rest = list(entries)
-    charged: list[tuple[int, float]] = []
-
-    def take(names: Sequence[str], operator: ModelOperator, objects: int = 1) -> bool:
-        if not rest or rest[0].type != DELEGATED or not rest[0].name.startswith(tuple(names)):
-            return False
-        rest.pop(0)
-        charged.append((operator.owner, HALF_US * objects))
-        return True
-
-    def take_all(names: Sequence[str], operator: ModelOperator) -> None:
-        more = bool(names)
-        while more:
-            more = take(names, operator)
-
-    for number in _execution_order(operators, own) if xnnpack else range(len(operators)):
-        operator = operators[number]
-        code = operator.code
-        if number in own:
-            if not rest or rest[0].type != OPERATOR or rest[0].index != number:
-                raise Unsupported(f"the profile tells operator {number}, {code}, out of turn")
-            rest.pop(0)
-            charged.append((operator.owner, 0.0))
+        if entry.type == DELEGATED:
+            if not xnnpack:
+                raise Unsupported(f"the profile names {entry.name!r} of a delegate where none was asked for")
             continue
-        take_all(BEFORE.get(code, ()), operator)
-        # A concatenation is one copy for each of its inputs, each rounded.
-        objects = len(operator.inputs) if code == "CONCATENATION" else 1
-        taken = take(XNNPACK_NAMES.get(code, ()), operator, objects)
-        if not taken and code not in ELIDED:
-            found = repr(rest[0].name) if rest else "nothing"
-            raise Unsupported(f"the profile has {found} where operator {number}, {code}, is due")
-        if operator.clamped and code in CLAMPED_BY_ANOTHER:
-            take(("Clamp",), operator)
-    if rest:
-        raise Unsupported(f"the profile has {rest[0].name!r} behind the model's last operator")
-    return charged
-
-
-def _execution_order(operators: Sequence[ModelOperator], own: set[int]) -> list[int]:
-    """The order in which operators run where all but the runtime's `own` are delegated.
-
-    The runtime takes turns: as many as can run of one side, in the model's order, then as many of the other.
-    """
-    unmade = {tensor for operator in operators for tensor in operator.outputs}
-    waiting = list(range(len(operators)))
-    order: list[int] = []
-    while waiting:
-        turn: list[int] = []
-        for number in waiting:
-            ready = unmade.isdisjoint(operators[number].inputs)
-            if ready and (not turn or (number in own) == (turn[0] in own)):
-                turn.append(number)
-                unmade.difference_update(operators[number].outputs)
-        order.extend(turn)
-        waiting = [number for number in waiting if number not in turn]
-    return order
+        known = 0 <= entry.index < len(operators) and operators[entry.index].code == entry.name
+        if not known or entry.index in own:
+            raise Unsupported(f"the profile names an operator {entry.name!r}, {entry.index}, that the model has not")
+        own[entry.index] = number
+    if not xnnpack and len(own) < len(operators):
+        missing = min(set(range(len(operators))) - set(own))
+        raise Unsupported(f"the profile does not tell operator {missing}, {operators[missing].code}")
+    ran = [number for number, entry in enumerate(entries) if entry.type == DELEGATED]
+    charged = dict.fromkeys(range(len(entries)), (0, 0.0))
+    for index, number in own.items():
+        charged[number] = (operators[index].owner, 0.0)
+    attributed = attribute([entries[number].name for number in ran], operators, set(own))
+    for number, (operator, missing_us) in zip(ran, attributed, strict=True):
+        charged[number] = (operator.owner, missing_us)
+    return list(charged.values())

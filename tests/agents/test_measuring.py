@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -96,7 +99,11 @@ def test_known_operators_show_drift(backend: backends.Backend) -> None:
 
 def test_a_busy_machine_is_refused(backend: backends.Backend) -> None:
     plan = Plan(**{**LIGHT, "load_tolerance": 1e-9, "max_runs": 40, "min_runs": 40})
-    busy = measure(backend, lease(backend, plan, operators=ONE_OF_EACH))
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+        try:
+            busy = measure(backend, lease(backend, plan, operators=ONE_OF_EACH))
+        finally:
+            other.kill()
     assert {m.failure.cause for m in busy.measurements if m.failure} == {"load"}
     assert busy.canary_ms is None
 

@@ -12,7 +12,7 @@ from operators_at_random import ANY
 from device_agents.packing import pack
 from lut_db.canary import canary
 from lut_db.lowering.onnx import to_onnx
-from lut_db.operators import Operator
+from lut_db.operators import Activate, Convolution, Operator, Pool, SqueezeExcite
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -38,6 +38,23 @@ def test_every_wanted_operator_is_in_that_many_carriers(
         unread = {tensor for tensor, readers in enumerate(carrier.network.consumers()) if not readers}
         assert unread <= set(carrier.network.output_tensors)
     assert packed == pack(wanted, fillers, carriers, length, seed)
+
+
+def test_a_clamp_follows_nothing_that_could_take_it_in() -> None:
+    shape = (1, 8, 12, 12)
+    clamp = Activate(input=shape, activation="relu")
+    others = (
+        Convolution(input=shape, filters=8, kernel=(1, 1)),
+        Convolution(input=shape, filters=8, kernel=(1, 1), activation="relu6"),
+        Pool(input=shape, mode="average", kernel=(3, 3), padding=(1, 1, 1, 1)),
+        SqueezeExcite(input=shape, squeeze=4),
+    )
+    for carrier in pack([clamp, *others], [], 8, 5, 0):
+        nodes = carrier.network.nodes
+        for node in nodes:
+            if node.operator == clamp:
+                maker = nodes[node.inputs[0] - len(carrier.network.inputs)].operator
+                assert maker.kind == "squeeze_excite" or getattr(maker, "activation", "") == "hard_swish"
 
 
 def test_a_carrier_runs() -> None:

@@ -1,0 +1,172 @@
+"""LiteRT as a backend: what it computes, whose its times are, and what it refuses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from operators_at_random import ANY, BY_KIND
+
+from device_agents import backends
+from device_agents.backends import Options, Unsupported, cpu_litert
+from device_agents.packing import pack
+from device_agents.xnnpack import attribute
+from lut_db.canary import canary
+from lut_db.errors import InvalidInput
+from lut_db.lowering.tflite import ModelOperator, model_operators, to_tflite
+from lut_db.lowering.weights import made_up
+from lut_db.networks import Network
+from lut_db.operators import KINDS, Operator
+from lut_db.plans import Plan
+from search_client import networks
+from search_client.sliced import reference
+
+LOADS = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+@pytest.fixture(params=["on", "off"])
+def backend(request: pytest.FixtureRequest) -> backends.Backend:
+    return backends.create("cpu-litert", Options(settings={"xnnpack": request.param}))
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_it_computes_what_the_reference_does(backend: backends.Backend, kind: str) -> None:
+    @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(operator=BY_KIND[kind])
+    def check(operator: Operator) -> None:
+        network = Network.of(operator)
+        weights = made_up(network)
+        random = np.random.default_rng(1)
+        inputs = [random.standard_normal(shape, dtype=np.float32) for shape in network.inputs]
+        with torch.inference_mode():
+            expected = reference(network, weights)(*map(torch.from_numpy, inputs))
+        (found,) = backend.compute(network, weights, inputs)
+        np.testing.assert_allclose(found, expected.numpy(), atol=1e-4, rtol=1e-4)
+
+    check()
+
+
+def test_the_times_of_nodes_add_up_to_the_run(backend: backends.Backend) -> None:
+    loaded = backend.load(canary(), profile=True)
+    runs = [latency for _ in range(4) for latency in loaded.time(5)]
+    times = loaded.node_times()
+    assert times.total_ms.shape == (20, len(canary().nodes))
+    assert np.all(times.total_ms > 0)
+    assert np.all(times.events > 0)
+    # What the profiler itself does lies in the run and in no node.
+    assert 0.5 < np.median(times.total_ms.sum(axis=1) / np.array(runs)) < 1.05
+
+
+def test_a_profiler_that_fills_up_is_emptied(backend: backends.Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_litert, "FULL", 100)
+    loaded = backend.load(canary(), profile=True)
+    assert len(loaded.time(7)) == 7
+    times = loaded.node_times()
+    assert times.total_ms.shape == (7, len(canary().nodes))
+    assert np.all(times.total_ms > 0)
+
+
+@LOADS
+@given(
+    operators=st.lists(ANY, min_size=1, max_size=8, unique_by=lambda operator: operator.key),
+    xnnpack=st.sampled_from(["on", "off"]),
+)
+def test_the_profile_of_any_carrier_can_be_read(operators: list[Operator], xnnpack: str) -> None:
+    backend = backends.create("cpu-litert", Options(settings={"xnnpack": xnnpack}))
+    for carrier in pack(operators, [], 1, 8, 0):
+        loaded = backend.load(carrier.network, profile=True)
+        loaded.time(2)
+        times = loaded.node_times()
+        assert times.total_ms.shape == (2, len(carrier.network.nodes))
+        # A pool of single elements is none: XNNPACK leaves it out.
+        for node, timed in zip(carrier.network.nodes, times.events, strict=True):
+            assert timed > 0 or getattr(node.operator, "kernel", None) == (1, 1)
+
+
+def test_the_profile_of_a_searched_network_can_be_read(backend: backends.Backend) -> None:
+    description = networks.load("mobilenet_v3", image_size=32, classes=10)
+    network = description.network(description.space.full)
+    loaded = backend.load(network, profile=True)
+    loaded.time(1)
+    assert np.all(loaded.node_times().events > 0)
+
+
+def names_of(operators: list[ModelOperator]) -> list[str]:
+    """What XNNPACK says that it ran of the canary's first block."""
+    known = {"CONV_2D": "Fully Connected (NC, F32) GEMM", "DEPTHWISE_CONV_2D": "Convolution (NHWC, F32) DWConv",
+             "HARD_SWISH": "HardSwish (NC)", "MEAN": "Mean (ND) Reduce2", "MUL": "Multiply (ND)"}  # fmt: skip
+    return [known[operator.code] for operator in operators if operator.code != "PAD"]
+
+
+def test_what_does_not_match_is_refused() -> None:
+    operators = model_operators(to_tflite(canary()), canary())[:9]
+    names = names_of(operators)
+    assert [operator.owner for operator, _ in attribute(names, operators)] == [0, 0, 1, 2, 2, 2, 2, 2]
+    with pytest.raises(Unsupported, match="Softmax"):
+        attribute([*names[:3], "Softmax (NC)", *names[3:]], operators)
+    with pytest.raises(Unsupported, match="nothing"):
+        attribute(names[:-1], operators)
+    with pytest.raises(Unsupported, match="behind"):
+        attribute([*names, "Convert (NC)"], operators)
+
+
+def test_operators_take_turns_with_the_runtime() -> None:
+    def made(code: str, owner: int, *inputs: int) -> ModelOperator:
+        return ModelOperator(code, owner, False, inputs, (owner + 10,))
+
+    operators = [
+        made("MUL", 0, 0),
+        made("RESIZE_NEAREST_NEIGHBOR", 1, 10),
+        made("HARD_SWISH", 2, 11),
+        made("MEAN", 3, 0),
+    ]
+    # The last operator needs nothing of the runtime's own: XNNPACK runs it before.
+    found = attribute(["Multiply (ND)", "Mean (ND)", "HardSwish (NC)"], operators, {1})
+    assert [operator.owner for operator, _ in found] == [0, 3, 2]
+
+
+def test_a_file_is_loaded(backend: backends.Backend, tmp_path: Path) -> None:
+    model = tmp_path / "canary.tflite"
+    model.write_bytes(to_tflite(canary()))
+    loaded = backend.load(model, profile=False)
+    assert len(loaded.time(3)) == 3
+    (tmp_path / "broken.tflite").write_bytes(b"no model")
+    with pytest.raises(Unsupported, match="LiteRtCreateModelFromFile"):
+        backend.load(tmp_path / "broken.tflite", profile=False)
+
+
+def test_the_target_says_what_latencies_depend_on() -> None:
+    targets = [
+        backends.create("cpu-litert", Options(threads=threads, settings={"xnnpack": xnnpack})).target()
+        for threads in (1, 2)
+        for xnnpack in ("on", "off")
+    ]
+    assert len({target.key for target in targets}) == 4
+    assert targets[0].runtime == "litert"
+    assert targets[0].options == {"xnnpack": "on"}
+    assert targets[0].runtime_version.startswith(cpu_litert.SERIES)
+
+
+def test_threads_are_the_runtime_s() -> None:
+    backend = backends.create("cpu-litert", Options(threads=2))
+    assert len(backend.load(canary(), profile=False).time(2)) == 2
+
+
+def test_evidence_says_where_the_times_of_nodes_come_from(backend: backends.Backend) -> None:
+    facts, _ = backend.watch().read(Plan())
+    assert facts["node_times"] in ("XNNPACK's profiler", "LiteRT's profiler")
+
+
+def test_a_setting_that_is_none_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="neither on nor off"):
+        backends.create("cpu-litert", Options(settings={"xnnpack": "maybe"}))
+
+
+def test_the_doctor_finds_the_runtime() -> None:
+    checks = {check.name: check for check in cpu_litert.doctor(Options())}
+    assert checks["ai-edge-litert"].ok
+    assert checks["C interface"].ok, checks["C interface"].found
