@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from device_agents import backends, evidence
 from device_agents.agent import Agent, serve_all
 from device_agents.backends import Options
 from device_agents.bench import bench_file
+from device_agents.simulated_phone.cli import command as simulated_phone
 from lut_db.errors import InvalidInput, LatencyLabError
 
 app = typer.Typer(
@@ -126,9 +128,13 @@ def bench(
     """Measures a model file on a device, without any service."""
     with _explained():
         options = _options(threads, cores, setting or [])
+        measuring = backends.create(backend, options)
+        environment = measuring.environment()
+        if any(os.environ.get(name) != value for name, value in environment.items()):
+            os.execve(sys.executable, sys.orig_argv, os.environ | environment)  # some are read only at the start
         if options.cores:
             os.sched_setaffinity(0, options.cores)
-        result = bench_file(backends.create(backend, options), model, runs, sessions)
+        result = bench_file(measuring, model, runs, sessions)
     typer.echo(result.model_dump_json(indent=2) if json_output else str(result))
 
 
@@ -149,6 +155,7 @@ def _add(backend: str) -> None:
 
 for _name in backends.names():
     _add(_name)
+app.command("simulated-phone")(simulated_phone)
 
 
 if __name__ == "__main__":
