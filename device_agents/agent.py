@@ -7,6 +7,7 @@ reports under a lease that it has lost.
 from __future__ import annotations
 
 import logging
+import os
 import random
 import signal
 import subprocess
@@ -167,6 +168,7 @@ class Agent:
             with (folder / "log").open("w") as output, subprocess.Popen(
                 [sys.executable, "-m", "device_agents.child", str(folder)],
                 stdin=subprocess.PIPE, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+                env=os.environ | self.backend.environment(),
             ) as child:  # fmt: skip
                 try:
                     while child.poll() is None:

@@ -8,9 +8,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from device_agents.backends import Backend
-from device_agents.measuring import CANARY_WARMUP_RUNS
+from device_agents.measuring import load_canaries
 from device_agents.sampling import half_width, sample, statistic
-from lut_db.canary import canary
 from lut_db.errors import MeasurementRefused
 from lut_db.measurements import Evidence, Stop
 from lut_db.plans import WHOLE
@@ -53,11 +52,13 @@ def bench_file(backend: Backend, model: Path, runs: int, sessions: int) -> Bench
     """Measures a file under the plan of whole networks. Raises Unsupported, Unreachable and MeasurementRefused."""
     backend.ready()
     plan = WHOLE.model_copy(update={"min_runs": min(WHOLE.min_runs, runs), "max_runs": runs, "carriers": sessions})
-    reference = backend.load(canary(), profile=False)
-    reference.time(CANARY_WARMUP_RUNS)
+    canaries = load_canaries(backend)
     loaded = [backend.load(model, profile=False) for _ in range(sessions)]
     watch = backend.watch()
-    timed = sample([session.time for session in loaded], reference.time, plan, plan.seed, backend.burst)
+    sampled = sample(
+        [session.time for session in loaded], [session.time for session in canaries], plan, plan.seed, backend.burst
+    )
+    timed = sampled.graphs
     facts, refusal = watch.read(plan)
     if refusal is not None:
         raise MeasurementRefused(refusal.message, field=refusal.cause)
@@ -70,5 +71,5 @@ def bench_file(backend: Backend, model: Path, runs: int, sessions: int) -> Bench
         p5_ms=float(low), p95_ms=float(high), runs=sum(record.done for record in timed), sessions=sessions,
         between_sessions=float(np.abs(values / latency_ms - 1).max()),
         stop=timed[0].stop or "max_runs",
-        canary_ms=float(np.median(np.concatenate([record.canaries_ms for record in timed]))), evidence=facts,
+        canary_ms=sampled.canary_ms(plan.statistic), evidence=facts,
     )  # fmt: skip

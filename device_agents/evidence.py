@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from device_agents.backends import Check
+from lut_db.errors import InvalidInput
 from lut_db.measurements import Evidence, Failure
 from lut_db.plans import Plan
 
@@ -91,6 +92,54 @@ def default_cores(threads: int) -> tuple[int, ...]:
     return tuple(allowed[-threads:]) if len(allowed) > threads else ()
 
 
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+MALLOC_HUGE_PAGES = "glibc.malloc.hugetlb=1"
+GLIBC_WITH_HUGE_PAGES = (2, 35)
+TUNABLES = "GLIBC_TUNABLES"
+
+
+def huge_pages(settings: dict[str, str]) -> bool:
+    """Whether memory is to lie in huge pages: as the setting `huge_pages` says, or else where the system can.
+
+    In small pages a runtime's latency depends on which ones it happens to get, by one or two percent from session to
+    session; in huge pages by half of that. Raises InvalidInput for another setting than on and off, and where the
+    system cannot.
+    """
+    said = settings.get("huge_pages")
+    if said not in (None, "on", "off"):
+        raise InvalidInput(f"{said!r} is neither on nor off", field="settings.huge_pages", remedy="on or off")
+    name, version = platform.libc_ver()
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    allowed = HUGE_PAGES.exists() and "[never]" not in HUGE_PAGES.read_text()
+    possible = allowed and name == "glibc" and numbers >= GLIBC_WITH_HUGE_PAGES
+    if said == "on" and not possible:
+        raise InvalidInput(
+            f"this system's allocator cannot use huge pages ({name} {version}, {HUGE_PAGES}: "
+            f"{HUGE_PAGES.read_text().strip() if HUGE_PAGES.exists() else 'missing'})",
+            field="settings.huge_pages", remedy=f"echo madvise > {HUGE_PAGES}, with glibc 2.35 or newer; or off",
+        )  # fmt: skip
+    return possible and said != "off"
+
+
+def huge_page_environment(wanted: bool) -> dict[str, str]:
+    """The environment in which the allocator asks for huge pages; it reads it once, when a process starts."""
+    if not wanted:
+        return {}
+    others = [item for item in os.environ.get(TUNABLES, "").split(":") if item and item != MALLOC_HUGE_PAGES]
+    return {TUNABLES: ":".join([*others, MALLOC_HUGE_PAGES])}
+
+
+def huge_page_mib() -> float | None:
+    """How much of this process's memory lies in huge pages, None where the system does not say."""
+    try:
+        for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+            if line.startswith("AnonHugePages:"):
+                return int(line.split()[1]) / 1024
+    except OSError:
+        return None
+    return None
+
+
 class CpuWatch:
     """Watches the machine that this process runs on."""
 
@@ -106,6 +155,7 @@ class CpuWatch:
             "clock_mhz": clock_mhz(),
             "load_of_others": round(load.others, 4),
             "stolen": round(load.stolen, 4),
+            "huge_page_mib": huge_page_mib(),
         }
         if load.others <= plan.load_tolerance:
             return facts, None

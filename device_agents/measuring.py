@@ -7,20 +7,24 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import sqrt
 
 import numpy as np
 from numpy.typing import NDArray
 
 from device_agents.backends import Backend, Loaded, NodeTimes, Unreachable, Unsupported
 from device_agents.packing import pack
-from device_agents.sampling import Timed, half_width, sample, statistic
+from device_agents.sampling import Z95, Timed, chosen, half_width, sample, statistic
 from lut_db.canary import canary
 from lut_db.measurements import Cause, Evidence, Failure, Measurement, Samples, Stop
 from lut_db.networks import Network
 from lut_db.plans import Plan
 from lut_db.wire import Lease, Report
 
-CANARY_WARMUP_RUNS = 20
+CANARY_SESSIONS = 4
+"""Sessions of the canary: a single one is up to 2 % off, from where its memory happens to lie."""
+
+CANARY_WARMUP_RUNS = 5
 MESSAGE_LENGTH = 4000
 TWINS = 6
 SIGNIFICANT_DIGITS = 5
@@ -62,8 +66,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     keys = [record.key for record in (*lease.operators, *lease.networks)]
     failures: dict[str, Failure] = {}
     began = time.perf_counter()
-    reference = backend.load(canary(), profile=False)
-    reference.time(CANARY_WARMUP_RUNS)
+    canaries = load_canaries(backend)
     graphs = _load(backend, lease, failures, progress)
     # Profiled carriers have a twin without a profiler, which shows what profiling itself costs.
     profiled = [graph for graph in graphs if graph.places]
@@ -71,25 +74,26 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     plain = [backend.load(graph.network, profile=False) for graph in twins]
     progress(f"timing {len(graphs)} graphs")
     watch = backend.watch()
-    everything = sample(
+    sampled = sample(
         [*(graph.loaded.time for graph in graphs), *(loaded.time for loaded in plain)],
-        reference.time, lease.plan, lease.token, backend.burst,
+        [session.time for session in canaries], lease.plan, lease.token, backend.burst,
     )  # fmt: skip
     seen, refusal = watch.read(lease.plan)
 
-    timed = everything[: len(graphs)]
-    canaries = np.concatenate([record.canaries_ms for record in timed]) if timed else np.array([np.nan])
-    canary_ms = lease.canary_ms or float(np.median(canaries))
-    slowness = float(np.median(canaries)) / canary_ms
+    timed = sampled.graphs[: len(graphs)]
+    now_ms = sampled.canary_ms(lease.plan.statistic)
+    canary_ms = lease.canary_ms or now_ms
+    slowness = now_ms / canary_ms
     profiles = _profiles(graphs, failures)
-    overhead = _profiler_cost(
+    profiler_ms = _profiler_cost(
         [(profiles[id(graph)], timed[graphs.index(graph)], twin)
-         for graph, twin in zip(twins, everything[len(graphs) :], strict=True) if id(graph) in profiles],
+         for graph, twin in zip(twins, sampled.graphs[len(graphs) :], strict=True) if id(graph) in profiles],
         lease.plan,
     )  # fmt: skip
-    samples = _samples(graphs, timed, profiles, canary_ms, overhead, failures, lease.plan)
+    samples = _samples(graphs, timed, profiles, slowness, profiler_ms, failures, lease.plan)
     stops: dict[str, Stop] = {graph.key: record.stop or "max_runs" for graph, record in zip(graphs, timed, strict=True)}
     measured = {key: _measurement(key, found, stops, lease.plan) for key, found in samples.items()}
+    all_canaries = np.concatenate(sampled.canaries_ms)
 
     measurements = []
     refusal = refusal or _drift(slowness, lease.plan)
@@ -106,9 +110,9 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         "threads": lease.target.threads,
         "cores": list(lease.target.cores),
         "canary_reference_ms": round(canary_ms, 6),
-        "slowness": round(slowness, 4) if timed else None,
-        "slowness_5_95": [round(float(q) / canary_ms, 4) for q in np.percentile(canaries, (5, 95))] if timed else None,
-        "profiler_cost_us": round(overhead * canary_ms * 1e3, 4),
+        "slowness": round(slowness, 4),
+        "slowness_5_95": [round(float(q) / canary_ms, 4) for q in np.percentile(all_canaries, (5, 95))],
+        "profiler_cost_us": round(profiler_ms * 1e3, 4),
         "graphs": len(graphs),
         "seconds": round(time.perf_counter() - began, 3),
         "seconds_in_kernels": round(sum(sum(record.times_ms) for record in timed) / 1e3, 3),
@@ -119,6 +123,14 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     return Report(
         measurements=tuple(measurements), canary_ms=canary_ms if timed and refusal is None else None, evidence=facts
     )
+
+
+def load_canaries(backend: Backend) -> list[Loaded]:
+    """Sessions of the canary, warmed up: as many as a backend can keep, one where every start is dear."""
+    sessions = [backend.load(canary(), profile=False) for _ in range(CANARY_SESSIONS if backend.burst else 1)]
+    for session in sessions:
+        session.time(CANARY_WARMUP_RUNS)
+    return sessions
 
 
 def _load(
@@ -166,7 +178,7 @@ def _profiles(graphs: Sequence[_Graph], failures: dict[str, Failure]) -> dict[in
 
 
 def _profiler_cost(twins: Sequence[tuple[NodeTimes, Timed, Timed]], plan: Plan) -> float:
-    """What one entry of a profile costs, in units of the canary, less what a runtime spends between two nodes.
+    """What one entry of a profile costs, in ms, less what a runtime spends between two nodes.
 
     A profiler's entries include some of its own work, a whole run has work that no entry shows. Both go with the
     number of entries, so the difference between a profile's sum and the same graph's latency without a profiler,
@@ -174,71 +186,88 @@ def _profiler_cost(twins: Sequence[tuple[NodeTimes, Timed, Timed]], plan: Plan) 
     """
     excess = entries = 0.0
     for profile, timed, twin in twins:
-        profiled = profile.total_ms[timed.runs].sum(axis=1) / np.array(timed.canaries_ms)
-        excess += statistic(profiled, plan.statistic) - statistic(twin.ratios, plan.statistic)
+        profiled = profile.total_ms[_counted(timed, plan)].sum(axis=1)
+        excess += float(profiled.mean()) - statistic(twin.times_ms, plan.statistic)
         entries += float(profile.events.sum())
     return excess / entries if entries else 0.0
 
 
+def _counted(timed: Timed, plan: Plan) -> NDArray[np.intp]:
+    """The latencies of a graph that the statistic rests on, counted from its loading, as its profile has them."""
+    return np.array(timed.positions)[chosen(timed.times_ms, plan.statistic)]
+
+
 def _samples(
-    graphs: Sequence[_Graph], timed: Sequence[Timed], profiles: dict[int, NodeTimes], canary_ms: float,
-    overhead: float, failures: dict[str, Failure], plan: Plan,
+    graphs: Sequence[_Graph], timed: Sequence[Timed], profiles: dict[int, NodeTimes], slowness: float,
+    profiler_ms: float, failures: dict[str, Failure], plan: Plan,
 ) -> dict[str, list[tuple[Samples, str]]]:  # fmt: skip
     """The raw samples by key, one entry for each graph in which it was timed, with the graph's key."""
     found: dict[str, list[tuple[Samples, str]]] = defaultdict(list)
     for graph, record in zip(graphs, timed, strict=True):
-        slowness = np.array(record.canaries_ms) / canary_ms
+        counted = chosen(record.times_ms, plan.statistic)
         if not graph.places:
-            found[graph.key].append((_pack_samples(graph, np.array(record.times_ms), slowness), graph.key))
+            times_ms = np.array(record.times_ms)
+            found[graph.key].append((_pack_samples(graph, times_ms, counted, slowness), graph.key))
             continue
         if id(graph) not in profiles:
             continue
         times = profiles[id(graph)]
         for node, key in graph.places.items():
-            total = times.total_ms[record.runs, node]
-            if not total.any():
+            total = times.total_ms[record.positions, node]
+            if not total[counted].any():
                 message = f"the runtime's profile gives no time to this operator in carrier {graph.network.key}"
                 failures[key] = Failure(cause="error", message=message)
                 continue
-            profiling_ms = float(times.events[node]) * overhead * canary_ms
-            layout_ms = statistic(times.layout_ms[record.runs, node] / slowness, plan.statistic)
-            found[key].append((_pack_samples(graph, total, slowness, layout_ms, profiling_ms), graph.key))
+            profiling_ms = float(times.events[node]) * profiler_ms
+            layout_ms = float(times.layout_ms[_counted(record, plan), node].mean())
+            found[key].append((_pack_samples(graph, total, counted, slowness, layout_ms, profiling_ms), graph.key))
     return found
 
 
 def _pack_samples(
-    graph: _Graph, times_ms: NDArray[np.float64], slowness: NDArray[np.float64], layout_ms: float = 0.0,
+    graph: _Graph, times_ms: NDArray[np.float64], counted: NDArray[np.intp], slowness: float, layout_ms: float = 0.0,
     profiling_ms: float = 0.0,
 ) -> Samples:  # fmt: skip
     return Samples(
         carrier=graph.network.key,
-        samples_ms=tuple(_rounded(times_ms)),
-        slowness=tuple(_rounded(slowness)),
+        samples_ms=tuple(float(f"{value:.{SIGNIFICANT_DIGITS}g}") for value in times_ms),
+        counted=tuple(sorted(counted.tolist())),
+        slowness=slowness,
         layout_ms=layout_ms,
         profiling_ms=profiling_ms,
     )
 
 
-def _rounded(values: NDArray[np.float64]) -> list[float]:
-    return [float(f"{value:.{SIGNIFICANT_DIGITS}g}") for value in values]
+def _counted_ms(samples: Samples) -> NDArray[np.float64]:
+    return np.array(samples.samples_ms)[list(samples.counted)]
 
 
-def _value(samples: Samples, plan: Plan) -> float:
+def _value(samples: Samples) -> float:
     """The statistic at the reference speed, less what profiling cost; an operator is never faster than a tenth of
     what was read, as where the timer's ticks are coarser than the operator."""
-    read_ms = statistic(np.array(samples.samples_ms) / np.array(samples.slowness), plan.statistic)
-    return max(read_ms - samples.profiling_ms, read_ms / 10)
+    read_ms = float(_counted_ms(samples).mean())
+    return max(read_ms - samples.profiling_ms, read_ms / 10) / samples.slowness
+
+
+def _half_width(samples: Samples, plan: Plan, *, whole: bool) -> float:
+    """Half the 95 % confidence interval, at the reference speed. A node's runs were chosen by the whole graph."""
+    if whole:
+        return half_width(samples.samples_ms, plan.statistic) / samples.slowness
+    counted = _counted_ms(samples)
+    if len(counted) < 2:
+        return float(counted[0]) / samples.slowness
+    return float(Z95 * counted.std(ddof=1) / sqrt(len(counted))) / samples.slowness
 
 
 def _measurement(key: str, found: list[tuple[Samples, str]], stops: dict[str, Stop], plan: Plan) -> Measurement:
     """The row of an operator or network: the median over its graphs of the statistic at the reference speed."""
-    scaled = [np.array(samples.samples_ms) / np.array(samples.slowness) for samples, _ in found]
-    values = np.array([_value(samples, plan) for samples, _ in found])
+    values = np.array([_value(samples) for samples, _ in found])
     latency_ms = float(np.median(values))
+    whole = plan.context != "in_context"
     return Measurement(
         key=key,
         latency_ms=latency_ms,
-        half_width_ms=float(np.median([half_width(times_ms, plan.statistic) for times_ms in scaled])),
+        half_width_ms=float(np.median([_half_width(samples, plan, whole=whole) for samples, _ in found])),
         spread=float(np.abs(values / latency_ms - 1).max()),
         stop=max((stops[graph] for _, graph in found), key=STOPS.index),
         samples=tuple(samples for samples, _ in found),
@@ -260,5 +289,5 @@ def _filler_drift(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -
     ratios = []
     for key, known_ms in lease.known_ms.items():
         for found, _ in samples.get(key, []):
-            ratios.append(_value(found, lease.plan) / known_ms)
+            ratios.append(_value(found) / known_ms)
     return float(np.median(ratios)) if ratios else None

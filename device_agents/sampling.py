@@ -13,27 +13,40 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lut_db.measurements import Stop
-from lut_db.plans import Plan
+from lut_db.plans import Plan, Statistic
 
 Z95 = 1.959964
 SETTLED_VISITS = 3
-SETTLED_CHANGE = 0.05
+SETTLED_GAIN = 0.02
+"""Relative narrowing of the interval over that many visits below which more runs are no use."""
 
 
-def statistic(samples: ArrayLike, name: str) -> float:
-    """The median, or the interquartile mean: the mean of the middle half, robust and finer than a timer's ticks."""
-    values = np.sort(np.asarray(samples, dtype=float))
-    if name == "median" or len(values) < 4:
-        return float(np.median(values))
-    cut = len(values) // 4
-    return float(values[cut : len(values) - cut].mean())
+def chosen(samples: ArrayLike, name: Statistic) -> NDArray[np.intp]:
+    """Which samples a statistic is the mean of.
+
+    `fastest_fifth`: what disturbs a run only ever slows it down, so the fastest runs show the undisturbed device;
+    a fifth of them, unlike the minimum, does not depend on how many there are. `interquartile_mean`: the middle half.
+    `median`: the middle one, or two.
+    """
+    values = np.asarray(samples, dtype=float)
+    order = np.argsort(values, kind="stable")
+    count = len(values)
+    if name == "fastest_fifth":
+        return order[: ceil(count / 5)]
+    cut = count // 4 if name == "interquartile_mean" and count >= 4 else (count - 1) // 2
+    return order[cut : count - cut]
 
 
-def half_width(samples: ArrayLike, name: str) -> float:
+def statistic(samples: ArrayLike, name: Statistic) -> float:
+    """The value of a statistic."""
+    return float(np.asarray(samples, dtype=float)[chosen(samples, name)].mean())
+
+
+def half_width(samples: ArrayLike, name: Statistic) -> float:
     """Half the 95 % confidence interval of `statistic`.
 
-    Median: from order statistics, without assuming a distribution. Interquartile mean: Tukey-McLaughlin, from the
-    winsorised variance.
+    Median: from order statistics, without assuming a distribution. Means of a part: from the variance of the samples
+    with those beyond the part drawn in to its edge (Tukey-McLaughlin), divided by the part's share.
     """
     values = np.sort(np.asarray(samples, dtype=float))
     count = len(values)
@@ -44,47 +57,51 @@ def half_width(samples: ArrayLike, name: str) -> float:
         low = max(0, floor(count / 2 - reach) - 1)
         high = min(count - 1, ceil(count / 2 + reach))
         return float(values[high] - values[low]) / 2
-    cut = count // 4
-    winsorised = np.clip(values, values[cut], values[count - cut - 1])
-    return float(Z95 * winsorised.std(ddof=1) / ((1 - 2 * cut / count) * sqrt(count)))
+    part = values[np.sort(chosen(values, name))]
+    winsorised = np.clip(values, part[0], part[-1])
+    return float(Z95 * winsorised.std(ddof=1) / (len(part) / count * sqrt(count)))
 
 
 @dataclass
 class Timed:
-    """The latencies of one graph, and for each the canary's: the mean of both sides. `done` counts the timed runs."""
+    """The latencies of one graph. `done` counts the timed runs, which can be more where a tool tells only means."""
 
     times_ms: list[float] = field(default_factory=list)
-    canaries_ms: list[float] = field(default_factory=list)
-    runs: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
     """Which latencies of the graph, counted from its loading, these are: its profile has the others too."""
     count: int = 0
     done: int = 0
     seconds: float = 0.0
     stop: Stop | None = None
-    noise: list[float] = field(default_factory=list)
+    widths: list[float] = field(default_factory=list)
 
-    @property
-    def ratios(self) -> NDArray[np.float64]:
-        """Latency in units of the canary: what is left when the speed of the device is taken out."""
-        return np.array(self.times_ms) / np.array(self.canaries_ms)
+
+@dataclass
+class Sampled:
+    """What `sample` saw: every graph's latencies, and those of each session of the canary, taken all the while."""
+
+    graphs: list[Timed]
+    canaries_ms: list[list[float]]
+
+    def canary_ms(self, name: Statistic) -> float:
+        """The canary's latency: the mean over its sessions of their statistic."""
+        return fmean(statistic(times_ms, name) for times_ms in self.canaries_ms if times_ms)
 
 
 def decide(timed: Timed, plan: Plan) -> Stop | None:
     """Whether a graph has been run often enough, and why."""
-    runs = timed.done
-    if runs >= plan.max_runs:
+    if timed.done >= plan.max_runs:
         return "max_runs"
-    if timed.seconds >= plan.max_seconds and runs:
+    if timed.seconds >= plan.max_seconds and timed.done:
         return "max_seconds"
-    if runs < plan.min_runs:
+    if timed.done < plan.min_runs:
         return None
-    ratios = timed.ratios
-    if half_width(ratios, plan.statistic) <= plan.relative_half_width * statistic(ratios, plan.statistic):
+    if timed.widths[-1] <= plan.relative_half_width:
         return "confident"
-    recent = timed.noise[-SETTLED_VISITS:]
-    if runs >= 2 * plan.min_runs and len(recent) == SETTLED_VISITS:
-        spread = max(recent) - min(recent)
-        if spread <= SETTLED_CHANGE * max(recent):
+    # An interval that more runs no longer narrow shows a device whose state changes, not one sampled too little.
+    if timed.done >= plan.settle_runs and len(timed.widths) > SETTLED_VISITS:
+        recent = timed.widths[-SETTLED_VISITS - 1 :]
+        if min(recent[1:]) >= recent[0] * (1 - SETTLED_GAIN):
             return "settled"
     return None
 
@@ -93,14 +110,21 @@ Times = Callable[[int], Sequence[float]]
 """Runs something so many times and returns latencies in ms: one for each run, or fewer where only means are told."""
 
 
-def sample(graphs: Sequence[Times], canary: Times, plan: Plan, seed: int, burst: int | None = 1) -> list[Timed]:
-    """Times every graph under the plan, in rounds of random order, every `burst` runs between runs of the canary.
+def sample(graphs: Sequence[Times], canaries: Sequence[Times], plan: Plan, seed: int, burst: int | None = 1) -> Sampled:
+    """Times every graph under the plan, in rounds of random order, with a canary before every visit and at the end.
 
-    A fixed order would let a drift of the device hit some graphs more than others. Without `burst` a whole round of
-    a graph lies between two of the canary.
+    A fixed order would let a drift of the device hit some graphs more than others. The canaries are sessions of one
+    network and take turns: where a runtime happened to place one in memory matters less. `burst` is how many runs
+    of a canary make a visit; None: as many as a graph's.
     """
     rng = random.Random(seed)
     timed = [Timed() for _ in graphs]
+    canaries_ms: list[list[float]] = [[] for _ in canaries]
+
+    def look() -> None:
+        number = rng.randrange(len(canaries))
+        canaries_ms[number].extend(canaries[number](burst or plan.round_runs))
+
     for graph, record in zip(graphs, timed, strict=True):
         if plan.warmup_runs:
             record.count = len(graph(plan.warmup_runs))
@@ -108,30 +132,22 @@ def sample(graphs: Sequence[Times], canary: Times, plan: Plan, seed: int, burst:
     while open_graphs:
         rng.shuffle(open_graphs)
         for number in open_graphs:
-            _visit(graphs[number], canary, plan, timed[number], burst or plan.round_runs)
+            look()
+            _visit(graphs[number], plan, timed[number], wake=burst == 1)
         open_graphs = [number for number in open_graphs if timed[number].stop is None]
-    return timed
+    look()
+    return Sampled(timed, canaries_ms)
 
 
-def _visit(graph: Times, canary: Times, plan: Plan, timed: Timed, burst: int) -> None:
+def _visit(graph: Times, plan: Plan, timed: Timed, *, wake: bool) -> None:
     begin = time.perf_counter()
-    if burst == 1:
+    if wake:
         timed.count += len(graph(1))  # brings the graph's weights back into the caches that other graphs used
-        canary(1)
-    before = fmean(canary(burst))
-    done = 0
-    while done < plan.round_runs:
-        runs = min(burst, plan.round_runs - done)
-        times_ms = graph(runs)
-        after = fmean(canary(runs))
-        timed.times_ms.extend(times_ms)
-        timed.canaries_ms.extend([(before + after) / 2] * len(times_ms))
-        timed.runs.extend(range(timed.count, timed.count + len(times_ms)))
-        timed.count += len(times_ms)
-        timed.done += runs
-        before = after
-        done += runs
+    times_ms = graph(plan.round_runs)
+    timed.times_ms.extend(times_ms)
+    timed.positions.extend(range(timed.count, timed.count + len(times_ms)))
+    timed.count += len(times_ms)
+    timed.done += plan.round_runs
     timed.seconds += time.perf_counter() - begin
-    low, middle, high = np.percentile(timed.ratios, (25, 50, 75))
-    timed.noise.append(float((high - low) / middle))
+    timed.widths.append(half_width(timed.times_ms, plan.statistic) / statistic(timed.times_ms, plan.statistic))
     timed.stop = decide(timed, plan)

@@ -44,24 +44,26 @@ class Failure(Value):
 
 
 class Samples(Value):
-    """Raw latencies of one operator or network in one graph, a run each, in the order in which they were taken.
+    """Raw latencies of one operator or network in one graph, in the order in which they were taken.
 
-    `carrier` is the key of the graph. `slowness[i]` is the canary's latency around run `i` as a multiple of its
-    reference: `samples_ms[i] / slowness[i]` is the latency at the reference speed. `layout_ms` is the part of the
-    statistic that went to layout conversions charged to this operator; `profiling_ms` is what the runtime's profiler
-    adds to it (negative where a runtime's work between nodes outweighs that), and is taken off.
+    `carrier` is the key of the graph. `counted` says which samples the statistic rests on: those of the runs in which
+    the whole graph was fastest, for the fastest fifth. Their mean, less `profiling_ms`, divided by `slowness`, is the
+    latency at the reference speed: `slowness` is how slow the device was, by its canary. `layout_ms` is the part of
+    their mean that went to layout conversions charged to this operator; `profiling_ms` is what the runtime's profiler
+    adds to it (negative where a runtime's work between nodes outweighs that).
     """
 
     carrier: str
     samples_ms: tuple[float, ...] = Field(min_length=1)
-    slowness: tuple[float, ...] = Field(min_length=1)
+    counted: tuple[int, ...] = Field(min_length=1)
+    slowness: float = Field(gt=0, allow_inf_nan=False)
     layout_ms: float = Field(default=0.0, ge=0)
     profiling_ms: float = Field(default=0.0, allow_inf_nan=False)
 
     @model_validator(mode="after")
-    def _check_lengths(self) -> Samples:
-        if len(self.samples_ms) != len(self.slowness):
-            raise ValueError(f"{len(self.samples_ms)} samples_ms but {len(self.slowness)} slowness: one for each run")
+    def _check_counted(self) -> Samples:
+        if not all(0 <= position < len(self.samples_ms) for position in self.counted):
+            raise ValueError(f"counted names samples beyond the {len(self.samples_ms)} of samples_ms")
         return self
 
 

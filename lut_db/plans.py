@@ -9,6 +9,9 @@ from pydantic import Field, model_validator
 
 from lut_db.operators import Record, canonical_key
 
+Statistic = Literal["fastest_fifth", "median", "interquartile_mean"]
+"""What a latency is of many runs: the mean of the fastest fifth, which is the undisturbed device; or of all runs."""
+
 Context = Literal["in_context", "isolated", "whole"]
 """Where an operator is timed: among neighbours in carrier graphs, alone in a graph of its own, or, for a
 network, as a whole."""
@@ -22,10 +25,11 @@ class Plan(Record):
     happens to place its memory matters. The row is the median over the carriers.
 
     Stopping: after `warmup_runs` runs that are thrown away, runs go on until the half-width of the 95 % confidence
-    interval of the median is at most `relative_half_width` of it, within `min_runs` and `max_runs` and
-    `max_seconds` per graph. Runs of the graphs of a lease are interleaved at random in rounds of `round_runs`.
+    interval of the statistic is at most `relative_half_width` of it, or, after `settle_runs`, more runs no longer
+    narrow it; within `min_runs` and `max_runs` and `max_seconds` per graph. Runs of the graphs of a lease are
+    interleaved at random in rounds of `round_runs`.
 
-    Every timed run lies between two runs of the canary and is stated at the canary's reference speed.
+    The canary runs all the while, and latencies are stated at its reference speed.
 
     Refusal: a lease is refused when other processes used more than `load_tolerance` of one core while it was
     measured, or when the canary was slower than its reference by a factor of more than `1 + drift_tolerance`, or as
@@ -38,13 +42,14 @@ class Plan(Record):
     seed: Annotated[int, Field(ge=0)] = 0
     warmup_runs: Annotated[int, Field(ge=0, le=1000)] = 3
     round_runs: Annotated[int, Field(ge=1, le=1000)] = 5
-    min_runs: Annotated[int, Field(ge=1, le=100_000)] = 30
-    max_runs: Annotated[int, Field(ge=1, le=100_000)] = 60
+    min_runs: Annotated[int, Field(ge=1, le=100_000)] = 40
+    settle_runs: Annotated[int, Field(ge=1, le=100_000)] = 60
+    max_runs: Annotated[int, Field(ge=1, le=100_000)] = 100
     max_seconds: Annotated[float, Field(gt=0, le=3600)] = 20.0
     relative_half_width: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    statistic: Literal["median", "interquartile_mean"] = "interquartile_mean"
+    statistic: Statistic = "fastest_fifth"
     load_tolerance: Annotated[float, Field(gt=0)] = 0.3
-    drift_tolerance: Annotated[float, Field(gt=0)] = 0.6
+    drift_tolerance: Annotated[float, Field(gt=0)] = 0.3
 
     @cached_property
     def key(self) -> str:
@@ -58,5 +63,5 @@ class Plan(Record):
 
 
 IN_CONTEXT = Plan()
-WHOLE = Plan(context="whole", carriers=3, min_runs=40, max_runs=80)
+WHOLE = Plan(context="whole", carriers=3, min_runs=60, max_runs=120)
 """How whole networks are measured for calibrations and for checking a discovered network."""

@@ -44,7 +44,7 @@ def chain(*widths: int) -> Network:
 def measured(key: str, latency_ms: float = 1.0) -> Measurement:
     return Measurement(
         key=key, latency_ms=latency_ms, half_width_ms=latency_ms / 100, spread=0.01, stop="confident",
-        samples=(Samples(carrier=key, samples_ms=(latency_ms, latency_ms * 1.01), slowness=(1.0, 1.01)),),
+        samples=(Samples(carrier=key, samples_ms=(latency_ms, latency_ms * 1.01), counted=(0,), slowness=1.0),),
     )  # fmt: skip
 
 

@@ -84,6 +84,9 @@ class Backend(Protocol):
     burst: int | None
     """Runs between two looks at the canary; None: a whole round of the plan, where every start of a tool is dear."""
 
+    def environment(self) -> dict[str, str]:
+        """Variables that must be in the environment of a process that measures, from its start."""
+
     def target(self) -> Target:
         """What the latencies measured here are a property of."""
 

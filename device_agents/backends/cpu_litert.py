@@ -41,7 +41,10 @@ PACKAGE = "ai-edge-litert"
 SERIES = "2.3."
 """The series of the package whose C interface this file speaks; it is not fixed between series."""
 
-SETTINGS = {"xnnpack": "on or off: XNNPACK's kernels or the runtime's own; on by default"}
+SETTINGS = {
+    "xnnpack": "on or off: XNNPACK's kernels or the runtime's own; on by default",
+    "huge_pages": "on or off: memory in huge pages; on by default where the system can",
+}
 INPUT_SEED = 0
 
 
@@ -49,14 +52,16 @@ def create(options: Options) -> Backend:
     xnnpack = options.settings.get("xnnpack", "on")
     if xnnpack not in ("on", "off"):
         raise InvalidInput(f"{xnnpack!r} is neither on nor off", field="settings.xnnpack", remedy="on or off")
-    return CpuLitert(options, xnnpack == "on")
+    return CpuLitert(options, xnnpack == "on", evidence.huge_pages(options.settings))
 
 
 def doctor(options: Options) -> Iterator[Check]:
     version = metadata.version(PACKAGE)
     yield Check(PACKAGE, version.startswith(SERIES), version, f"pip install '{PACKAGE}=={SERIES}*'")
     try:
-        session = _Session(Network.of(_PROBE), CpuLitert(options, options.settings.get("xnnpack", "on") == "on"), True)
+        session = _Session(
+            Network.of(_PROBE), CpuLitert(options, options.settings.get("xnnpack", "on") == "on", False), True
+        )
         session.time(1)
         found = f"{_library().path.name}, {_profiler_name(session.backend.xnnpack)} answers"
         session.node_times()
@@ -89,9 +94,13 @@ class _Watch(evidence.CpuWatch):
 class CpuLitert:
     burst: int | None = 1
 
-    def __init__(self, options: Options, xnnpack: bool):
+    def __init__(self, options: Options, xnnpack: bool, huge_pages: bool):
         self.options = options
         self.xnnpack = xnnpack
+        self.huge_pages = huge_pages
+
+    def environment(self) -> dict[str, str]:
+        return evidence.huge_page_environment(self.huge_pages)
 
     def target(self) -> Target:
         return Target(
@@ -102,7 +111,7 @@ class CpuLitert:
             threads=self.options.threads,
             cores=self.options.cores,
             clock_policy=evidence.clock_policy(),
-            options={"xnnpack": "on" if self.xnnpack else "off"},
+            options={"xnnpack": "on" if self.xnnpack else "off", "huge_pages": "on" if self.huge_pages else "off"},
         )
 
     def ready(self) -> None:

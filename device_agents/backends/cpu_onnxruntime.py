@@ -37,7 +37,10 @@ ERRORS_ONLY = 3
 INPUT_SEED = 0
 
 
-SETTINGS = {"graph_optimization": f"one of {', '.join(OPTIMIZATION)}; all by default"}
+SETTINGS = {
+    "graph_optimization": f"one of {', '.join(OPTIMIZATION)}; all by default",
+    "huge_pages": "on or off: memory in huge pages; on by default where the system can",
+}
 DTYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64,
           "tensor(int32)": np.int32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
           "tensor(float16)": np.float16, "tensor(bool)": np.bool_}  # fmt: skip
@@ -48,7 +51,7 @@ def create(options: Options) -> Backend:
     if level not in OPTIMIZATION:
         raise InvalidInput(f"{level!r} is no level", field="settings.graph_optimization",
                            remedy=f"one of {', '.join(OPTIMIZATION)}")  # fmt: skip
-    return CpuOnnxruntime(options, level)
+    return CpuOnnxruntime(options, level, evidence.huge_pages(options.settings))
 
 
 def doctor(options: Options) -> Iterator[Check]:
@@ -61,9 +64,13 @@ def doctor(options: Options) -> Iterator[Check]:
 class CpuOnnxruntime:
     burst: int | None = 1
 
-    def __init__(self, options: Options, level: str):
+    def __init__(self, options: Options, level: str, huge_pages: bool):
         self.options = options
         self.level = level
+        self.huge_pages = huge_pages
+
+    def environment(self) -> dict[str, str]:
+        return evidence.huge_page_environment(self.huge_pages)
 
     def target(self) -> Target:
         return Target(
@@ -74,7 +81,7 @@ class CpuOnnxruntime:
             threads=self.options.threads,
             cores=self.options.cores,
             clock_policy=evidence.clock_policy(),
-            options={"graph_optimization": self.level},
+            options={"graph_optimization": self.level, "huge_pages": "on" if self.huge_pages else "off"},
         )
 
     def ready(self) -> None:

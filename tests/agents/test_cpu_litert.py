@@ -147,7 +147,7 @@ def test_the_target_says_what_latencies_depend_on() -> None:
     ]
     assert len({target.key for target in targets}) == 4
     assert targets[0].runtime == "litert"
-    assert targets[0].options == {"xnnpack": "on"}
+    assert targets[0].options["xnnpack"] == "on"
     assert targets[0].runtime_version.startswith(cpu_litert.SERIES)
 
 

@@ -2,59 +2,72 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from typing import get_args
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device_agents.sampling import Timed, decide, half_width, sample, statistic
-from lut_db.plans import Plan
+from device_agents.sampling import Timed, chosen, decide, half_width, sample, statistic
+from lut_db.plans import Plan, Statistic
 
 LATENCIES = st.lists(st.floats(0.001, 1e4), min_size=4, max_size=200)
 
 
-@given(LATENCIES, st.sampled_from(["median", "interquartile_mean"]))
-def test_a_statistic_lies_within_the_middle_half(values: list[float], name: str) -> None:
-    low, high = np.percentile(values, (25, 75), method="lower")[0], np.max(values)
+NAMES = get_args(Statistic)
+
+
+@given(LATENCIES, st.sampled_from(NAMES))
+def test_a_statistic_is_the_mean_of_the_part_that_it_names(values: list[float], name: str) -> None:
     ordered = sorted(values)
-    cut = len(values) // 4
-    assert ordered[cut] - 1e-9 <= statistic(values, name) <= ordered[len(values) - cut - 1] + 1e-9
+    count = len(values)
+    first, last = {
+        "fastest_fifth": (0, -(-count // 5)),
+        "median": ((count - 1) // 2, count // 2 + 1),
+        "interquartile_mean": (count // 4, count - count // 4),
+    }[name]
+    assert statistic(values, name) == pytest.approx(np.mean(ordered[first:last]))
+    assert sorted(np.array(values)[chosen(values, name)]) == ordered[first:last]
     assert half_width(values, name) >= 0
-    assert low <= high
 
 
 @given(LATENCIES, st.floats(0.1, 10))
 def test_statistics_scale(values: list[float], factor: float) -> None:
-    for name in ("median", "interquartile_mean"):
+    for name in NAMES:
         assert statistic(np.array(values) * factor, name) == pytest.approx(statistic(values, name) * factor)
-        assert half_width(np.array(values) * factor, name) == pytest.approx(half_width(values, name) * factor)
+        scaled = half_width(np.array(values) * factor, name)
+        assert scaled == pytest.approx(half_width(values, name) * factor, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["median", "interquartile_mean"])
+@pytest.mark.parametrize("name", NAMES)
 def test_the_interval_covers_the_truth_as_often_as_it_says(name: str) -> None:
     rng = np.random.default_rng(0)
+    truth = statistic(rng.normal(10, 1, 1_000_000), name)
     covered = 0
     for _ in range(1000):
-        values = rng.normal(10, 1, 40)
-        covered += abs(statistic(values, name) - 10) <= half_width(values, name)
-    assert 0.91 <= covered / 1000 <= 0.99
+        values = rng.normal(10, 1, 60)
+        covered += abs(statistic(values, name) - truth) <= half_width(values, name)
+    assert 0.88 <= covered / 1000 <= 0.99
 
 
-def timed(times: list[float], seconds: float = 0.0, noise: list[float] | None = None) -> Timed:
-    return Timed(times_ms=times, canaries_ms=[1.0] * len(times), done=len(times), seconds=seconds, noise=noise or [])
+def timed(runs: int, *widths: float, seconds: float = 0.0) -> Timed:
+    return Timed(times_ms=[1.0] * runs, done=runs, seconds=seconds, widths=list(widths))
 
 
 def test_why_sampling_stops() -> None:
-    plan = Plan(min_runs=10, max_runs=40, max_seconds=5, relative_half_width=0.01)
-    noisy = list(np.random.default_rng(0).uniform(1, 2, 100))
-    assert decide(timed(noisy[:9]), plan) is None
-    assert decide(timed([1.0] * 10), plan) == "confident"
-    assert decide(timed(noisy[:12]), plan) is None
-    assert decide(timed(noisy[:40]), plan) == "max_runs"
-    assert decide(timed(noisy[:12], seconds=6), plan) == "max_seconds"
-    assert decide(timed([], seconds=6), plan) is None, "it never ends without a sample"
-    assert decide(timed(noisy[:20], noise=[0.30, 0.301, 0.299]), plan) == "settled"
-    assert decide(timed(noisy[:20], noise=[0.30, 0.20, 0.25]), plan) is None
+    plan = Plan(min_runs=10, settle_runs=20, max_runs=40, max_seconds=5, relative_half_width=0.01)
+    assert decide(timed(9, 0.001), plan) is None, "not before the least number of runs"
+    assert decide(timed(10, 0.009), plan) == "confident"
+    assert decide(timed(12, 0.02), plan) is None
+    assert decide(timed(40, 0.02), plan) == "max_runs"
+    assert decide(timed(12, 0.02, seconds=6), plan) == "max_seconds"
+    assert decide(timed(0, seconds=6), plan) is None, "it never ends without a sample"
+    stuck = (0.05, 0.051, 0.0495, 0.052)
+    assert decide(timed(20, *stuck), plan) == "settled"
+    assert decide(timed(19, *stuck), plan) is None, "not before it could have settled"
+    assert decide(timed(20, 0.05, 0.04, 0.03, 0.02), plan) is None, "more runs help"
 
 
 def recording(calls: list[str], name: str):
@@ -65,15 +78,19 @@ def recording(calls: list[str], name: str):
     return time
 
 
-def test_every_timed_run_lies_between_two_canaries() -> None:
+def test_every_visit_follows_a_canary() -> None:
     calls: list[str] = []
-    plan = Plan(warmup_runs=2, round_runs=3, min_runs=6, max_runs=6)
-    records = sample([recording(calls, name) for name in "ab"], recording(calls, "canary"), plan, seed=0)
-    for name, record in zip("ab", records, strict=True):
-        assert len(record.times_ms) == len(record.canaries_ms) == len(record.runs) == record.done == 6
-        runs = [position for position, call in enumerate(calls) if call == name]
-        for number in record.runs:
-            assert calls[runs[number] - 1] == calls[runs[number] + 1] == "canary"
+    plan = Plan(warmup_runs=2, round_runs=3, min_runs=6, settle_runs=6, max_runs=6)
+    canaries = [recording(calls, name) for name in ("canary 0", "canary 1")]
+    sampled = sample([recording(calls, name) for name in "ab"], canaries, plan, seed=0)
+    assert sum(map(len, sampled.canaries_ms)) == 5, "before each of four visits, and at the end"
+    assert calls[:4] == ["a", "a", "b", "b"]
+    visits = [list(group) for _, group in groupby(calls[4:])]
+    assert [visit[0][:6] == "canary" for visit in visits] == [True, False] * 4 + [True]
+    for name, record in zip("ab", sampled.graphs, strict=True):
+        assert record.done == len(record.times_ms) == 6
+        assert record.positions == [3, 4, 5, 7, 8, 9], "after two to warm up and one to wake up in each visit"
+        assert calls.count(name) == 10
 
 
 def test_a_tool_that_tells_means_is_run_in_rounds() -> None:
@@ -83,9 +100,11 @@ def test_a_tool_that_tells_means_is_run_in_rounds() -> None:
         asked.append(runs)
         return [1.0]
 
-    plan = Plan(warmup_runs=2, round_runs=5, min_runs=20, max_runs=20)
-    (record,) = sample([mean_of], lambda runs: [2.0] * runs, plan, seed=0, burst=None)
+    plan = Plan(warmup_runs=2, round_runs=5, min_runs=20, settle_runs=20, max_runs=20)
+    sampled = sample([mean_of], [lambda runs: [2.0] * runs], plan, seed=0, burst=None)
+    (record,) = sampled.graphs
     assert asked == [2, 5, 5, 5, 5]
     assert record.done == 20
-    assert record.runs == [1, 2, 3, 4], "the first latency was the warm-up's"
-    assert list(record.ratios) == [0.5] * 4
+    assert record.positions == [1, 2, 3, 4], "the first latency was the warm-up's"
+    assert len(sampled.canaries_ms[0]) == 25
+    assert sampled.canary_ms("median") == 2.0
