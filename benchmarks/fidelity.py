@@ -117,16 +117,16 @@ def latencies(client: ProfilerClient, asked: Sequence[Network], plan: Plan) -> N
     return np.array([row.latency_ms for row in rows])
 
 
-def run(family: str, size: int, tests: int, calibrations: int, folder: Path, tolerance: float) -> Figures:
+def run(backend: str, family: str, size: int, tests: int, calibrations: int, folder: Path, tolerance: float) -> Figures:
     draw = FAMILIES[family]
     asked = draw(size, tests + calibrations, 0)
     test, calibration = asked[:tests], asked[tests:]
     figures: Figures = {}
-    case = f"{family}, {size} px"
+    case = f"{backend}, {family}, {size} px"
     noise = {"load_tolerance": tolerance}
     whole = WHOLE.model_copy(update=noise)
     with (
-        EmbeddedService(str(folder / f"{case}.sqlite"), folder) as service,
+        EmbeddedService(str(folder / "tables.sqlite"), folder, backend=backend) as service,
         ProfilerClient(service.url, patience_s=1800) as client,
     ):
         for context, plan in (("in context", IN_CONTEXT), ("isolated", ISOLATED)):
@@ -147,6 +147,7 @@ def main() -> None:
     options = arguments(
         (__doc__ or "").split("\n")[0],
         [
+            ("--backend", {"default": "cpu-onnxruntime", "help": "cpu-onnxruntime or cpu-litert"}),
             ("--family", {"choices": list(FAMILIES), "help": "only this family"}),
             ("--size", {"type": int, "help": "only images of this size"}),
             ("--load-tolerance", {"type": float, "default": IN_CONTEXT.load_tolerance, "metavar": "CORES"}),
@@ -157,8 +158,12 @@ def main() -> None:
     for family in [options.family] if options.family else FAMILIES:
         for size in [options.size] if options.size else sizes:
             with tempfile.TemporaryDirectory(prefix="fidelity-") as folder:
-                found = run(family, size, tests, calibrations, Path(folder), options.load_tolerance)
-            show(f"{family}, {size} pixels: {tests} networks, correction from {calibrations} others", found, FORMATS)
+                found = run(options.backend, family, size, tests, calibrations, Path(folder), options.load_tolerance)
+            show(
+                f"{options.backend}, {family}, {size} pixels: {tests} networks, correction from {calibrations} others",
+                found,
+                FORMATS,
+            )
             figures.update(found)
     write(options.json, figures)
 
