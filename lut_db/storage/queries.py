@@ -207,7 +207,7 @@ def reference_rows(session: Session, target: str, plan: str, device: str, limit:
         .where(*_newest(target, plan), m.Row.status == Status.MEASURED.value, m.Row.device != device)
         .order_by(m.Row.latency_ms, m.Row.workload)
     )
-    found = [(row[0], row[1]) for row in session.execute(query)]
+    found = [(key, latency_ms) for key, latency_ms in session.execute(query) if latency_ms is not None]
     count = min(limit, len(found))
     return dict(found[round(i * (len(found) - 1) / max(count - 1, 1))] for i in range(count))
 
