@@ -168,7 +168,7 @@ def test_a_server_that_dies_at_every_transition_of_its_tables(tmp_path: Path) ->
 @pytest.mark.campaign
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("number", range(1, 21))
+@pytest.mark.parametrize("number", range(1, 22, 5))
 def test_a_server_that_dies_at_one_commit(tmp_path: Path, number: int, when: str) -> None:
     with Processes(tmp_path) as lab:
         assert len(search_through_deaths(lab, f"{number}:{when}", "never")) == 1
