@@ -212,6 +212,8 @@ class Phone:
         self._device: AdbDevice | None = None
         self._transport: _Tcp | None = None
         self._used_at = 0.0
+        self._proven = False
+        """Whether the connection has carried a command since the phone was taken hold of."""
         self._threads = threading.RLock()
         self._depth = 0
         self._kept: set[str] = set()
@@ -302,6 +304,7 @@ class Phone:
 
     def _ensure(self) -> None:
         """Makes a connection, or sees whether the one that was idle still stands."""
+        self._proven = False
         if self._transport is not None and not self._transport.alive:
             self._drop()
         if self._device is not None and time.monotonic() - self._used_at > IDLE_S:
@@ -376,12 +379,15 @@ class Phone:
         except _GONE as error:
             self._drop()
             silent = isinstance(error, (TimeoutError, exceptions.TcpTimeoutException, exceptions.AdbTimeoutError))
+            if not silent and not self._proven and guarded and word not in self._connect():
+                return self._run(command, timeout_s)  # it was lost while it was idle: nothing has begun
             if not silent or not guarded:
                 raise self._lost("the connection broke during a command", error) from error
             if word not in self._connect():  # raises Unreachable where the phone itself is silent
                 raise self._lost("a command was lost", error) from error
             kept = said.decode(errors="replace").strip()[-KEPT_OUTPUT:]
             raise TimedOut(f"{self.address}: killed after {timeout_s:.0f} s: {command!r}; it said: {kept}") from error
+        self._proven = True
         output = said.decode(errors="replace").replace("\r\n", "\n")
         found = re.search(rf"\n?{word}:(\d+)\s*\Z", output)
         if found is None:

@@ -91,11 +91,11 @@ class BenchmarkRun:
 
 _PREFIX = re.compile(r"^(?P<level>INFO|WARN|WARNING|ERROR|VERBOSE): (?:\[[^\]]*:\d+\] )?")
 _NUMBER = r"[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?"
-_SAME = re.compile(rf"count=(?P<count>[0-9]+) curr=(?P<curr>{_NUMBER})(?P<all>\(all same\))?")
+_PERCENTILES = rf"(?: p5=(?P<p5>{_NUMBER}) median=(?P<median>{_NUMBER}) p95=(?P<p95>{_NUMBER}))?"
+_SAME = re.compile(rf"count=(?P<count>[0-9]+) curr=(?P<curr>{_NUMBER})(?P<all>\(all same\))?{_PERCENTILES}")
 _SPREAD = re.compile(
     rf"count=(?P<count>[0-9]+) first=(?P<first>{_NUMBER}) curr=(?P<curr>{_NUMBER}) min=(?P<min>{_NUMBER}) "
-    rf"max=(?P<max>{_NUMBER}) avg=(?P<avg>{_NUMBER}) std=(?P<std>{_NUMBER}|-?nan)"
-    rf"(?: p5=(?P<p5>{_NUMBER}) median=(?P<median>{_NUMBER}) p95=(?P<p95>{_NUMBER}))?"
+    rf"max=(?P<max>{_NUMBER}) avg=(?P<avg>{_NUMBER}) std=(?P<std>{_NUMBER}|-?nan)" + _PERCENTILES
 )
 _RUNNING = re.compile(rf"Running benchmark for at least (?P<runs>[0-9]+) iterations and at least {_NUMBER} seconds.*")
 _SUMMARY = re.compile(
@@ -134,9 +134,9 @@ def parse_benchmark(
     lines = [_Line.of(line) for line in text.replace("\r\n", "\n").split("\n")]
     for line in lines:
         if "Unconsumed cmdline flags" in line.text:
-            raise ToolFailed("benchmark_model does not know a flag", text)
+            raise ToolFailed(f"benchmark_model does not know a flag ({line.text.strip()})", text)
         if line.level == "ERROR":
-            raise ToolFailed("benchmark_model reported an error", text)
+            raise ToolFailed(f"benchmark_model reported an error ({line.text.strip()})", text)
     warmup, measured = _statistics(lines, text)
     if warmup.count != warmup_runs:
         raise ToolFailed(f"benchmark_model made {warmup.count} warm-up runs instead of {warmup_runs}", text)
@@ -176,7 +176,7 @@ def _statistics(lines: Sequence[_Line], text: str) -> tuple[Statistics, Statisti
 def _read_statistics(line: str, text: str) -> Statistics:
     if same := _SAME.fullmatch(line):
         count, value = int(same["count"]), float(same["curr"])
-        if count < 1 or (count > 1) != bool(same["all"]):
+        if count < 1 or (count > 1) != bool(same["all"]) or float(same["median"] or value) != value:
             raise ToolFailed("benchmark_model printed statistics that contradict themselves", text)
         read = Statistics(count, value, value, value, value)
     elif spread := _SPREAD.fullmatch(line):

@@ -223,6 +223,10 @@ def test_lines_that_end_as_on_a_terminal() -> None:
 def test_equal_samples() -> None:
     text = OLDEST.replace("count=1 curr=178", "count=9 curr=178(all same)")
     assert parse_benchmark(text, 9).latency_ms == pytest.approx(0.178)
+    text = text.replace("(all same)", "(all same) p5=178 median=178 p95=178")
+    assert parse_benchmark(text, 9).latency_ms == pytest.approx(0.178)
+    with pytest.raises(ToolFailed, match="contradict"):
+        parse_benchmark(text.replace("median=178", "median=187"), 9)
 
 
 def test_large_means_in_scientific_notation() -> None:

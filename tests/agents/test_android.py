@@ -1,0 +1,374 @@
+"""The backend android on a simulated phone: what it measures, and what it makes of everything that can go wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from phones import RunningPhone
+from phones import phone as running_phone
+from test_measuring import ONE_OF_EACH, lease, light
+
+from device_agents import adb, backends
+from device_agents.backends import Backend, Options, Unreachable, Unsupported
+from device_agents.bench import bench_file
+from device_agents.benchmark_tools import ToolFailed
+from device_agents.child import Job
+from device_agents.measuring import measure
+from lut_db.errors import InvalidInput, MeasurementRefused
+from lut_db.lowering.onnx import to_onnx
+from lut_db.lowering.tflite import to_tflite
+from lut_db.networks import Network, NetworkBuilder
+from lut_db.operators import Convolution, Upsample
+from lut_db.wire import Report
+
+TOOLS = ("benchmark_model", "onnxruntime_perf_test")
+WARM_C = 27.0
+
+
+@pytest.fixture(scope="module")
+def simulated() -> Iterator[RunningPhone]:
+    with running_phone() as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("keys")
+
+
+@pytest.fixture
+def options(simulated: RunningPhone, keys: Path) -> Iterator[Options]:
+    """Those of the phone, which is healthy again afterwards."""
+    simulated.control.wake()
+    yield Options(settings={"devices": simulated.serial, "keys": str(keys)})
+    simulated.control.clear()
+    simulated.control.wake()
+    simulated.control.set(temperature_c=WARM_C, gpu="full", nnapi="full", benchmark_format="new", authorize="always")
+
+
+@pytest.fixture
+def make(options: Options, simulated: RunningPhone):  # type: ignore[no-untyped-def]
+    """Makes backends with settings."""
+    made: list[Backend] = []
+
+    def one(**settings: str) -> Backend:
+        made.append(backends.create("android", replace(options, settings={**options.settings, **settings})))
+        return made[-1]
+
+    yield one
+    simulated.control.clear()
+    simulated.control.wake()
+    for backend in made:
+        backend.phone.run("settings put global low_power 0; cmd thermalservice reset")  # type: ignore[attr-defined]
+        backend.phone.close()  # type: ignore[attr-defined]
+
+
+def history(simulated: RunningPhone, start: str) -> list[str]:
+    return [line for line in simulated.control.state()["history"] if line.startswith(start)]
+
+
+def small(activation: str = "relu") -> Network:
+    return Network.of(Convolution(input=(1, 8, 8, 8), filters=8, kernel=(1, 1), activation=activation))
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_figures_come_with_what_the_phone_was_like(make, tool: str) -> None:  # type: ignore[no-untyped-def]
+    backend = make(tool=tool, cores="6,7")
+    report = measure(backend, lease(backend, light(backend, carriers=1), operators=ONE_OF_EACH[:2]))
+    assert [measurement.failure for measurement in report.measurements] == [None, None]
+    assert report.canary_ms is not None
+    evidence = report.evidence
+    assert evidence["thermal_status"] == [0, 0]
+    assert evidence["battery_percent"] == [85, 85]
+    assert evidence["charging"] is True
+    assert evidence["cpu_model"] == "Tensor G3"
+    assert evidence["clock_limit_mhz"] == {"6": [2914.0, 2914.0], "7": [2914.0, 2914.0]}
+    assert all(26 < celsius < 40 for celsius in evidence["temperature_c"])
+    assert evidence["cores"] == [6, 7]
+
+
+def test_the_older_format_of_benchmark_model(make, simulated: RunningPhone) -> None:  # type: ignore[no-untyped-def]
+    simulated.control.set(benchmark_format="old")
+    backend = make(xnnpack="false")
+    report = measure(backend, lease(backend, light(backend, carriers=1), operators=ONE_OF_EACH[:3]))
+    assert [measurement.failure for measurement in report.measurements] == [None] * 3
+
+
+def test_a_target_names_what_a_latency_depends_on(make, simulated: RunningPhone) -> None:  # type: ignore[no-untyped-def]
+    target = make(cores="6,7").target()
+    assert (target.device_model, target.runtime, target.accelerator) == ("Pixel 8", "tflite-benchmark_model", "cpu")
+    assert target.os_build.startswith("google/shiba/shiba:15/")
+    assert len(target.runtime_version) == 12
+    assert (target.cores, target.clock_policy) == ((6, 7), "sched_pixel")
+    other = make(tool="onnxruntime_perf_test", fixed_performance="true").target()
+    assert other.runtime_version != target.runtime_version
+    assert (other.runtime, other.clock_policy) == ("onnxruntime-perf_test", "fixed-performance")
+    make().phone.run("cmd power set-fixed-performance-mode-enabled false")
+
+
+def test_the_tool_is_pinned_to_cores(make, simulated: RunningPhone) -> None:  # type: ignore[no-untyped-def]
+    make(cores="6,7").load(small(), profile=False)
+    assert any("taskset c0 /data/local/tmp/benchmark_model" in line for line in history(simulated, "shell"))
+
+
+def test_a_tool_from_this_computer(make, simulated: RunningPhone, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    tool = tmp_path / "tool"
+    tool.write_bytes((simulated.root / "data/local/tmp/benchmark_model").read_bytes())
+    backend = make(tool_file=str(tool))
+    backend.ready()
+    assert backend.load(small(), profile=False).time(2)[0] > 0
+    assert make(tool_path="/data/local/tmp/benchmark_model").target() == backend.target()
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_model_file_is_measured(make, tool: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / ("model.tflite" if tool == "benchmark_model" else "model.onnx")
+    file.write_bytes(to_tflite(small()) if file.suffix == ".tflite" else to_onnx(small()).SerializeToString())
+    backend = make(tool=tool)
+    assert bench_file(backend, file, 10, 1).latency_ms > 0
+    with pytest.raises(Unsupported, match="files, not"):
+        backend.load(tmp_path / "model.txt", profile=False)
+
+
+def test_models_are_pushed_once(make, simulated: RunningPhone) -> None:  # type: ignore[no-untyped-def]
+    network = small("sigmoid")
+    make().load(network, profile=False)
+    before = len(history(simulated, "push"))
+    make().load(network, profile=True)
+    make().load(network, profile=False)
+    assert len(history(simulated, "push")) == before
+
+
+def test_samples_are_raw_where_the_tool_tells_them(make) -> None:  # type: ignore[no-untyped-def]
+    assert len(make(tool="onnxruntime_perf_test").load(small(), profile=False).time(5)) == 5
+    loaded = make().load(small(), profile=True)
+    assert len(loaded.time(5)) == 1
+    loaded.time(5)
+    assert loaded.node_times().total_ms.shape == (2, 1)
+
+
+def test_a_hot_phone_is_not_ready_until_it_has_cooled(make, simulated: RunningPhone) -> None:  # type: ignore[no-untyped-def]
+    backend = make(max_temperature_c="35")
+    backend.ready()
+    simulated.control.heat(60)
+    with pytest.raises(Unreachable, match="throttles"):
+        backend.ready()
+    simulated.control.heat(40)
+    with pytest.raises(Unreachable, match="too hot"):
+        backend.ready()
+    simulated.control.heat(WARM_C + (34.5 - WARM_C) / 0.7)  # at the skin below the limit, but only just
+    with pytest.raises(Unreachable, match="too hot"):
+        backend.ready()
+    simulated.control.heat(WARM_C)
+    backend.ready()
+
+
+def test_what_a_phone_measured_while_it_throttled_is_refused(make, simulated: RunningPhone) -> None:  # type: ignore[no-untyped-def]
+    backend = make()
+    backend.ready()
+    backend.phone.run("cmd thermalservice override-status 2")
+    report = measure(backend, lease(backend, light(backend, context="isolated", carriers=1), operators=ONE_OF_EACH[:1]))
+    assert [m.failure.cause for m in report.measurements if m.failure] == ["hot"]
+    assert report.canary_ms is None
+    assert report.evidence["thermal_status"] == [2, 2]
+
+
+def test_a_phone_that_saves_its_battery_is_not_ready(make) -> None:  # type: ignore[no-untyped-def]
+    backend = make()
+    backend.phone.run("settings put global low_power 1")
+    with pytest.raises(Unreachable, match="saves its battery"):
+        backend.ready()
+
+
+def test_a_phone_without_the_tool_is_not_ready(make) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(Unreachable, match="nightly builds"):
+        make(tool_path="/data/local/tmp/missing").ready()
+
+
+@pytest.mark.parametrize("accelerator", ["gpu", "nnapi"])
+def test_accelerators_must_take_the_whole_graph(make, simulated: RunningPhone, accelerator: str) -> None:  # type: ignore[no-untyped-def]
+    backend = make(accelerator=accelerator)
+    assert backend.target().accelerator == accelerator
+    assert backend.load(small(), profile=False).time(2)[0] > 0
+    simulated.control.set(**{accelerator: "partial"})
+    with pytest.raises(Unsupported, match=r"Disallowed CPU fallback|did not run the whole graph"):
+        backend.load(small(), profile=False)
+    with pytest.raises(Unsupported):
+        backend.load(small(), profile=True)
+
+
+def test_nnapi_through_onnx_runtime(make, simulated: RunningPhone) -> None:  # type: ignore[no-untyped-def]
+    backend = make(tool="onnxruntime_perf_test", accelerator="nnapi")
+    backend.load(small(), profile=False)
+    simulated.control.set(nnapi="none")
+    with pytest.raises(Unsupported, match="fallback to CPU EP"):
+        backend.load(small(), profile=False)
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_runs_that_go_wrong(make, simulated: RunningPhone, tool: str) -> None:  # type: ignore[no-untyped-def]
+    backend = make(tool=tool)
+    loaded = backend.load(small(), profile=False)
+    simulated.control.fault("garbage")
+    assert loaded.time(3)[0] > 0  # once is no more than a start lost
+    simulated.control.fault("garbage", times=2)
+    with pytest.raises(ToolFailed, match="count=7 curr="):
+        loaded.time(3)
+    simulated.control.fault("crash-run", times=2)
+    with pytest.raises(ToolFailed, match="signal 11"):
+        loaded.time(3)
+    simulated.control.fault("fail-run")
+    with pytest.raises(Unsupported, match="exit code"):
+        backend.load(small(), profile=False)
+    simulated.control.fault("drop-run")
+    with pytest.raises(Unreachable):
+        loaded.time(3)
+    assert loaded.time(3)[0] > 0
+
+
+def test_a_run_that_takes_too_long_is_killed(make, simulated: RunningPhone) -> None:  # type: ignore[no-untyped-def]
+    backend = make(timeout_s="3")
+    loaded = backend.load(small(), profile=False)
+    simulated.control.set(speed=1e5)
+    try:
+        with pytest.raises(adb.TimedOut):
+            loaded.time(100)
+    finally:
+        simulated.control.set(speed=1)
+    assert "benchmark_model" not in backend.phone.run("ps -A -o ARGS | grep -v grep").output
+    assert loaded.time(1)[0] > 0
+
+
+@pytest.mark.parametrize(("fault", "after"), [("drop-push", 500.0), ("drop-run", 0.05)])
+def test_a_phone_that_is_lost_in_a_lease_serves_the_next(
+    make,
+    simulated: RunningPhone,
+    fault: str,
+    after: float,  # type: ignore[no-untyped-def]
+) -> None:
+    operator = Convolution(input=(1, 8, 8, 8), filters=int(after * 4) % 61 + 3, kernel=(1, 1))  # not pushed before
+    backend = make()
+    backend.ready()
+    asked = lease(backend, light(backend, context="isolated", carriers=1), operators=(operator,))
+    simulated.control.fault(fault, after=after)
+    report = measure(backend, asked)
+    assert [m.failure.cause for m in report.measurements if m.failure] == ["unreachable"]
+    assert report.canary_ms is None
+    report = measure(backend, asked)
+    assert report.measurements[0].failure is None
+
+
+def test_a_phone_that_is_gone_is_not_ready_and_needs_no_hand(make, simulated: RunningPhone) -> None:  # type: ignore[no-untyped-def]
+    backend = make()
+    backend.ready()
+    simulated.control.die()
+    with pytest.raises(Unreachable):
+        backend.ready()
+    assert backend.target().device_model == "Pixel 8"  # as it was when it was last ready
+    simulated.control.wake()
+    backend.ready()
+
+
+def test_storage_that_is_full(make, simulated: RunningPhone) -> None:  # type: ignore[no-untyped-def]
+    backend = make()
+    backend.phone.run(f"rm -rf {adb.FOLDER}")
+    simulated.control.fault("no-space", after=100)
+    with pytest.raises(Unreachable, match="no space"):
+        backend.load(small("hard_swish"), profile=False)
+    backend.load(small("hard_swish"), profile=False)
+
+
+def test_garbage_in_a_lease_becomes_a_failure_that_keeps_it(make, options: Options, tmp_path: Path, simulated) -> None:  # type: ignore[no-untyped-def]
+    backend = make()
+    asked = lease(backend, light(backend, context="isolated", carriers=1), operators=ONE_OF_EACH[:1])
+    (tmp_path / "job.json").write_text(Job(backend="android", options=options, lease=asked).model_dump_json())
+    simulated.control.fault("garbage", times=50)
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(
+        [sys.executable, "-m", "device_agents.child", str(tmp_path)], stdin=subprocess.PIPE, stdout=log, stderr=log
+    ) as child:  # fmt: skip
+        assert child.wait() == 1
+    assert "count=7 curr=" in (tmp_path / "log").read_text()[-2000:]
+    simulated.control.clear()
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(
+        [sys.executable, "-m", "device_agents.child", str(tmp_path)], stdin=subprocess.PIPE, stdout=log, stderr=log
+    ) as child:  # fmt: skip
+        assert child.wait() == 0, (tmp_path / "log").read_text()
+    report = Report.model_validate_json((tmp_path / "report.json").read_bytes())
+    assert report.measurements[0].failure is None
+
+
+def test_a_hot_bench_is_refused(make, simulated: RunningPhone, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    file = tmp_path / "model.tflite"
+    file.write_bytes(to_tflite(small()))
+    backend = make()
+    ready = backend.ready
+    backend.ready = lambda: (ready(), backend.phone.run("cmd thermalservice override-status 3"))  # type: ignore[method-assign]
+    with pytest.raises(MeasurementRefused, match="throttles"):
+        bench_file(backend, file, 5, 1)
+
+
+def test_what_xnnpack_does_not_take_splits_the_graph(make) -> None:  # type: ignore[no-untyped-def]
+    build = NetworkBuilder()
+    tensor = build.input((1, 8, 8, 8))
+    for _ in range(2):
+        tensor = build.add(Convolution(input=build.shape(tensor), filters=8, kernel=(1, 1)), tensor)
+        tensor = build.add(Upsample(input=build.shape(tensor), scale=2), tensor)
+    loaded = make().load(build.network(), profile=True)
+    loaded.time(3)
+    times = loaded.node_times()
+    assert times.total_ms.shape == (1, 4)
+    assert (times.total_ms > 0).all()
+
+
+def test_one_process_serves_several_phones(options: Options) -> None:
+    several = replace(options, settings={**options.settings, "devices": "a:1, usb:2"})
+    assert [each.settings["devices"] for each in backends.devices("android", several)] == ["a:1", "usb:2"]
+    with pytest.raises(InvalidInput, match="one phone"):
+        backends.create("android", several)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tool": "abacus"}, {"accelerator": "abacus"}, {"accelerator": "gpu", "tool": "onnxruntime_perf_test"},
+        {"precision": "fp16"}, {"cores": "all"}, {"max_temperature_c": "warm"}, {"timeout_s": "-1"},
+        {"xnnpack": "maybe"}, {"tool_path": "/x; reboot"}, {"folder": "relative"}, {"devices": ""},
+        {"tool_path": "/x", "tool_file": "y"},
+    ],
+)  # fmt: skip
+def test_settings_that_make_no_sense(options: Options, settings: dict[str, str]) -> None:
+    with pytest.raises(InvalidInput, match=r"settings\."):
+        backends.create("android", replace(options, settings={**options.settings, **settings}))
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_the_doctor_of_a_healthy_phone(options: Options, tool: str) -> None:
+    settings = {**options.settings, "tool": tool, "fixed_performance": "true", "cores": "6,7"}
+    checks = list(backends.module("android").doctor(replace(options, settings=settings)))
+    assert [check for check in checks if not check.ok] == []
+    assert {"adb-shell", "key"} < {check.name for check in checks}
+    assert any("Pixel 8" in check.found for check in checks)
+
+
+def test_the_doctor_of_a_phone_that_lacks_everything(options: Options, simulated: RunningPhone, make) -> None:  # type: ignore[no-untyped-def]
+    make().phone.run("settings put global low_power 1")
+    simulated.control.heat(60)
+    settings = {**options.settings, "tool_path": "/data/local/tmp/missing", "cores": "99"}
+    lacks = [check for check in backends.module("android").doctor(replace(options, settings=settings)) if not check.ok]
+    assert [check.name.partition(": ")[2] for check in lacks] == [
+        "benchmark_model", "temperature", "clock policy", "cores", "battery",
+    ]  # fmt: skip
+    assert all(check.remedy for check in lacks)
+    simulated.control.die()
+    (lack,) = (check for check in backends.module("android").doctor(options) if not check.ok)
+    assert "adb tcpip 5555" in lack.remedy
+
+
+def test_nothing_computes_on_a_phone(make) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(NotImplementedError, match="prints times"):
+        make().compute(small(), [], [])
