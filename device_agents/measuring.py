@@ -260,9 +260,9 @@ def _half_width(samples: Samples, plan: Plan, *, whole: bool) -> float:
 
 
 def _measurement(key: str, found: list[tuple[Samples, str]], stops: dict[str, Stop], plan: Plan) -> Measurement:
-    """The row of an operator or network: the median over its graphs of the statistic at the reference speed."""
+    """The row of an operator or network: the middle of its graphs' statistics at the reference speed."""
     values = np.array([_value(samples) for samples, _ in found])
-    latency_ms = float(np.median(values))
+    latency_ms = statistic(values, "interquartile_mean")
     whole = plan.context != "in_context"
     return Measurement(
         key=key,

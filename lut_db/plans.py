@@ -22,7 +22,8 @@ class Plan(Record):
 
     Carriers: in context, each operator is measured in `carriers` different graphs of up to `carrier_length`
     operators packed at random from `seed`; elsewhere in as many fresh sessions of its graph, since where a runtime
-    happens to place its memory matters. The row is the median over the carriers.
+    happens to place its memory matters. The row is the median over the carriers, from four on the mean of their
+    middle half. Many carriers with few runs each make a better row than few with many: neighbours matter more.
 
     Stopping: after `warmup_runs` runs that are thrown away, runs go on until the half-width of the 95 % confidence
     interval of the statistic is at most `relative_half_width` of it, or, after `settle_runs`, more runs no longer
@@ -37,14 +38,14 @@ class Plan(Record):
     """
 
     context: Context = "in_context"
-    carriers: Annotated[int, Field(ge=1, le=32)] = 3
+    carriers: Annotated[int, Field(ge=1, le=32)] = 6
     carrier_length: Annotated[int, Field(ge=1, le=256)] = 40
     seed: Annotated[int, Field(ge=0)] = 0
-    warmup_runs: Annotated[int, Field(ge=0, le=1000)] = 3
+    warmup_runs: Annotated[int, Field(ge=0, le=1000)] = 2
     round_runs: Annotated[int, Field(ge=1, le=1000)] = 5
-    min_runs: Annotated[int, Field(ge=1, le=100_000)] = 40
-    settle_runs: Annotated[int, Field(ge=1, le=100_000)] = 60
-    max_runs: Annotated[int, Field(ge=1, le=100_000)] = 100
+    min_runs: Annotated[int, Field(ge=1, le=100_000)] = 20
+    settle_runs: Annotated[int, Field(ge=1, le=100_000)] = 30
+    max_runs: Annotated[int, Field(ge=1, le=100_000)] = 40
     max_seconds: Annotated[float, Field(gt=0, le=3600)] = 20.0
     relative_half_width: Annotated[float, Field(gt=0, lt=1)] = 0.01
     statistic: Statistic = "fastest_fifth"
@@ -63,5 +64,5 @@ class Plan(Record):
 
 
 IN_CONTEXT = Plan()
-WHOLE = Plan(context="whole", carriers=3, min_runs=60, max_runs=120)
+WHOLE = Plan(context="whole", carriers=3, warmup_runs=3, min_runs=60, settle_runs=90, max_runs=120)
 """How whole networks are measured for calibrations and for checking a discovered network."""
