@@ -54,6 +54,7 @@ def command(
     little_cores: Annotated[int, typer.Option(help="slow cores; they come first")] = 4,
     big_cores: Annotated[int, typer.Option(help="fast cores")] = 4,
     storage_mib: Annotated[int, typer.Option(help="room on the phone")] = 512,
+    rooted: Annotated[bool, typer.Option("--rooted", help="its shell may write below /sys, as to governors")] = False,
     root: Annotated[Path | None, typer.Option(help="folder of the phone's files; a temporary one if not given")] = None,
     isolate: Annotated[
         bool | None, typer.Option("--isolate/--plain", help="demand isolated commands or do without; else what works")
@@ -95,7 +96,7 @@ def command(
     try:
         identity = Identity(
             model=model, api_level=api_level, android=android, build=build, serial=serial, little_cores=little_cores,
-            big_cores=big_cores, storage_mib=storage_mib,
+            big_cores=big_cores, storage_mib=storage_mib, rooted=rooted,
         )  # fmt: skip
         phone = Phone(
             identity=identity,

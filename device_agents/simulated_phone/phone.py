@@ -54,6 +54,7 @@ class Identity:
     little_cores: int = 4
     big_cores: int = 4
     storage_mib: int = 512
+    rooted: bool = False
 
     def __post_init__(self) -> None:
         if self.little_cores < 0 or self.big_cores < 0 or not self.cores:

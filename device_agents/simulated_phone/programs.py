@@ -284,6 +284,8 @@ class BenchmarkModel:
         kinds = {bool: "bool", int: "int32", float: "float", str: "string"}
         lines = []
         for name, flag in FLAGS.items():
+            if name in NEW_FLAGS and not self.new:
+                continue
             default = str(flag.default).lower() if isinstance(flag.default, bool) else f"{flag.default}"
             lines.append(f"\t--{name}={default}".ljust(40) + f"\t{kinds[type(flag.default)]}\toptional\t{flag.usage}")
         return "usage: benchmark_model\nFlags:\n" + "\n".join(lines)
@@ -706,10 +708,10 @@ class PerfTest:
             return 255
 
     def _session(self, path: str) -> Any:
+        os.environ["ORT_DISABLE_TELEMETRY"] = "1"
         import onnxruntime
 
         onnxruntime.set_default_logger_severity(ERRORS_ONLY)
-        onnxruntime.disable_telemetry_events()
         levels = onnxruntime.GraphOptimizationLevel
         settings = onnxruntime.SessionOptions()
         settings.log_severity_level = ERRORS_ONLY

@@ -31,11 +31,12 @@ from lut_db.errors import LatencyLabError
 
 TMP = "/data/local/tmp"
 SEARCH_PATH = "/product/bin:/system/bin:/system/xbin:/vendor/bin"
-WRITABLE = (TMP, "/storage/emulated/0", "/data/misc/adb")
+WRITABLE = (TMP, "/storage/emulated/0")
 HOST_PATH = "/usr/bin:/bin"
 START_S = 20.0
 LINKS_AT_MOST = 40
 PACE_BYTES = 16
+LEFT_ALONE_S = 2.0
 BORROWED = """
 [ awk base64 basename bc bzip2 cat chmod chown cksum cmp comm cp cut date dd dirname du echo egrep env expr false fgrep
 file find fold getconf grep groups gunzip gzip head kill ln ls md5sum mkdir mkfifo mknod mktemp more mv nice nl nohup od
@@ -51,7 +52,7 @@ set -e
 root=$1; shift
 mount --make-rprivate /
 mount --bind "$root" "$root"
-for path in data storage dev sys; do mount --bind "$root/$path" "$root/$path"; done
+for path in data storage dev $MORE; do mount --bind "$root/$path" "$root/$path"; done
 for path in "$@"; do mkdir -p "$root$path"; mount --rbind "$path" "$root$path"; done
 mount -t proc proc "$root/proc"
 mkdir -p "$root/dev/pts"
@@ -146,7 +147,9 @@ class Sandbox:
             if self._written.get(name) != text:
                 path = self.root / name
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(text)
+                fresh = path.with_name(f".{path.name}")
+                fresh.write_text(text)
+                fresh.replace(path)  # at once: somebody may be reading
                 self._written[name] = text
         pace = f"{self.phone.pace():.9f}".encode().ljust(PACE_BYTES)[:PACE_BYTES]
         if pace != self._pace:
@@ -220,7 +223,11 @@ class Sandbox:
                 unshare, *namespaces, "--fork", "--kill-child", "/bin/sh", "-c", MOUNT_SCRIPT, "sh", str(self.root),
                 *self._borrowed_folders(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                 start_new_session=True,
-                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHON": os.path.realpath(sys.executable)},
+                env={
+                    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+                    "PYTHON": os.path.realpath(sys.executable),
+                    "MORE": "sys" if self.phone.identity.rooted else "",
+                },
             )  # fmt: skip
             assert process.stdout is not None
             try:
@@ -292,13 +299,18 @@ class Sandbox:
         self.running.add(process)
         return process
 
-    async def end(self, process: asyncio.subprocess.Process, number: int) -> None:
-        """Signals a command's process group and waits for the command."""
+    async def hang_up(self, process: asyncio.subprocess.Process) -> None:
+        """Nobody listens to a command any longer: its group gets SIGHUP. One that ignores it runs on, as on a phone."""
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, number)
-        await process.wait()
-        self.running.discard(process)
+                os.killpg(process.pid, signal.SIGHUP)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), LEFT_ALONE_S)
+        for output in (process.stdout, process.stderr):
+            if output is not None:
+                output._transport.close()  # type: ignore[attr-defined]  # writing to it is SIGPIPE
+        if process.returncode is not None:
+            self.running.discard(process)
 
     async def stop(self) -> None:
         """Ends everything that runs on the phone."""
@@ -328,9 +340,7 @@ class Sandbox:
             data = (held + data).replace(name + b"/", b"/")
             # What may be the beginning of the name waits for the rest; alone it is the root.
             keep = 0 if last else next(size for size in range(len(name), -1, -1) if data.endswith(name[:size]))
-            if not keep or last:
-                data = data.replace(name, b"/")
-            held = data[len(data) - keep :]
-            return data[: len(data) - keep]
+            shown, held = data[: len(data) - keep], data[len(data) - keep :]
+            return shown.replace(name, b"/")
 
         return erase

@@ -21,7 +21,7 @@ from device_agents.simulated_phone.sandbox import Sandbox
 
 KEYS = "data/misc/adb/adb_keys"
 ANSWER = "authorize"
-TICK_S = 0.2
+TICK_S = 0.25
 LINE_BYTES = 1 << 20
 OPEN_STREAMS_AT_MOST = 500
 

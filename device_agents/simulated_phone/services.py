@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import fcntl
 import os
-import signal
 import stat
 import struct
 import termios
@@ -24,7 +23,6 @@ FEATURES = ("shell_v2", "stat_v2", "ls_v2", "fixed_push_mkdir")
 CHUNK_BYTES = 1 << 16
 PATH_BYTES = 1024
 SHELL_UID = 2000
-LEFT_ALONE_S = 5.0
 
 WORDS = struct.Struct("<4sI")
 STAT_V1 = struct.Struct("<4s3I")
@@ -121,28 +119,14 @@ class Shell:
         show = asyncio.create_task(self._show(stream, sources, process))
         try:
             await asyncio.wait({talk, show}, return_when=asyncio.FIRST_COMPLETED)
-            if not show.done():
-                await self._hang_up(process, show)
-            elif (error_of_show := show.exception()) is not None:
-                await self._hang_up(process, show)
-                if not isinstance(error_of_show, ConnectionError):
-                    raise error_of_show
+            if show.done():
+                await show
         finally:
+            await self.sandbox.hang_up(process)
             for task in (talk, show):
                 task.cancel()
             await asyncio.gather(talk, show, return_exceptions=True)
-            if process.returncode is None:
-                await self.sandbox.end(process, signal.SIGHUP)
-            self.sandbox.running.discard(process)
             sink.close()
-
-    async def _hang_up(self, process: asyncio.subprocess.Process, show: asyncio.Task[None]) -> None:
-        """The client has closed: the command's group gets SIGHUP, as from a terminal. One that ignores it stays."""
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGHUP)
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), LEFT_ALONE_S)
 
     def _packet(self, kind: int, data: bytes) -> bytes:
         return protocol.shell_packet(kind, data) if self.v2 else data
