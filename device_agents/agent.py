@@ -253,8 +253,10 @@ def heartbeat(http: httpx.Client, lease: Lease) -> Iterator[threading.Event]:
     lost = threading.Event()
 
     def beat() -> None:
-        interval_s = lease.expires_in_s / 4
-        while not done.wait(interval_s):
+        # The first one at once: it tells the service that the lease arrived.
+        wait_s = 0.0
+        while not done.wait(wait_s):
+            wait_s = lease.expires_in_s / 4
             try:
                 response = http.post(f"/leases/{lease.token}/heartbeat")
             except httpx.TransportError as error:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from math import isclose
 from statistics import median
+from typing import Literal
 
 from sqlalchemy.orm import Session
 
@@ -54,7 +55,7 @@ def grant(
     keeps = held is not None and not give_up and held.deadline > now
     if held is not None and not keeps:
         ending.append(held)
-    end(session, ending, now, "expired", attempts=1)
+    end(session, ending, now, "expired")
     if keeps:
         return None
     oldest = queries.lock_oldest(session, target, now)
@@ -113,6 +114,7 @@ def extend(session: Session, token: int, settings: Settings) -> float:
             f"lease {token} is lost", field="token", remedy="stop measuring and ask for another lease"
         )  # fmt: skip
     lease.deadline = now + timedelta(seconds=settings.lease_s)
+    lease.taken = True
     session.flush()
     return settings.lease_s
 
@@ -129,7 +131,7 @@ def release(session: Session, token: int) -> int:
     queries.see_device(session, device, now)
     if lease.state != "active":
         return 0
-    _, requeued = end(session, [lease], now, "released", attempts=0)
+    _, requeued = end(session, [lease], now, "released")
     return requeued
 
 
@@ -137,14 +139,17 @@ def expire(session: Session) -> int:
     """Ends every lease past its deadline. Returns how many."""
     now = queries.clock(session)
     leases = queries.lock_expired(session, now)
-    end(session, leases, now, "expired", attempts=1)
+    end(session, leases, now, "expired")
     return len(leases)
 
 
-def end(session: Session, leases: Sequence[m.Lease], now: datetime, state: str, *, attempts: int) -> tuple[int, int]:
+def end(
+    session: Session, leases: Sequence[m.Lease], now: datetime, state: Literal["expired", "released"]
+) -> tuple[int, int]:
     """Ends leases whose results will not come. Returns rows written and measurements that went back to the queue.
 
-    A measurement that was lost too often becomes a failed row. The caller holds the leases.
+    A measurement that was lost too often becomes a failed row; a lease that never arrived, or was given back, holds
+    nothing against its measurements. The caller holds the leases.
     """
     if not leases:
         return 0, 0
@@ -153,7 +158,7 @@ def end(session: Session, leases: Sequence[m.Lease], now: datetime, state: str, 
     for lease in sorted(leases, key=lambda lease: (lease.target, lease.plan, lease.id)):
         lease.state = state
         jobs = by_token[lease.id]
-        if attempts == 0:
+        if state == "released" or not lease.taken:
             queries.requeue(session, [(job, None) for job in jobs], now, attempts=0)
             requeued += len(jobs)
             continue
@@ -193,7 +198,7 @@ def settle(session: Session, token: int, report: Report, settings: Settings) -> 
     if lease.state == "reported":
         return ReportOutcome(outcome="repeated", rows=lease.rows, requeued=lease.requeued)
     if lease.state == "active" and lease.deadline <= now:
-        end(session, [lease], now, "expired", attempts=1)
+        end(session, [lease], now, "expired")
     if lease.state != "active":
         return ReportOutcome(outcome="late", rows=0)
     disbelief = _disbelief(session, lease.target, report, said)

@@ -139,6 +139,7 @@ class Lease(Base):
     """The right of one device to measure some workloads. The id grows with every lease: it is the fencing token.
 
     `rows` and `requeued` are the outcome of the accepted report, so that its repetition can be answered.
+    `taken` says that it arrived: its device has sent a heartbeat.
     `reference` makes it a test of a device that wants to join: latencies in the table, in ms, by operator.
     """
 
@@ -159,6 +160,7 @@ class Lease(Base):
     state: Mapped[str] = mapped_column(String(16))
     granted_at: Mapped[datetime]
     deadline: Mapped[datetime]
+    taken: Mapped[bool] = mapped_column(default=False, server_default=sql_text("false"))
     reference: Mapped[dict[str, Any] | None]
     rows: Mapped[int] = mapped_column(default=0)
     requeued: Mapped[int] = mapped_column(default=0)

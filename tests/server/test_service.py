@@ -473,6 +473,7 @@ def test_operators_that_kill_agents_end_as_failed_and_take_no_others_with_them(s
     leases = 0
     while (lease := lab.lease()) is not None:
         leases += 1
+        assert lab.client.post(f"/v1/leases/{lease.token}/heartbeat").status_code == 200
         keys = [operator.key for operator in lease.operators]
         if poison not in keys:
             lab.report(lease.token, *(measured(key) for key in keys))
@@ -480,6 +481,12 @@ def test_operators_that_kill_agents_end_as_failed_and_take_no_others_with_them(s
     rows = lab.lookup(pin.id, convs(20)).operators
     assert {key for key, row in rows.items() if row.status is Status.FAILED} == {poison}
     assert "was lost while measuring" in (rows[poison].message or "")
+
+
+def test_a_lease_that_never_arrived_holds_nothing_against_its_operators(lab: Lab) -> None:
+    lab.lookup(lab.pin().id, convs(3))
+    for _ in range(5):  # asking again gives up the one before, of which no heartbeat ever came
+        assert len(lab.must_lease().operators) == 3
 
 
 def test_a_lease_given_back_holds_nothing_against_its_operators(lab: Lab) -> None:

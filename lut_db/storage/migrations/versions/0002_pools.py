@@ -1,4 +1,4 @@
-"""Several devices of one target: reference leases, who has joined, refusals in a row."""
+"""Several devices of one target: reference leases, who has joined, refusals in a row; leases that arrived."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ def upgrade() -> None:
     op.add_column("devices", sa.Column("refusals", sa.Integer(), server_default="0", nullable=False))
     op.add_column("device_targets", sa.Column("joined", sa.Boolean(), server_default=sa.false(), nullable=False))
     op.add_column("device_targets", sa.Column("agreement", sa.Double(), nullable=True))
+    op.add_column("leases", sa.Column("taken", sa.Boolean(), server_default=sa.false(), nullable=False))
     op.add_column("leases", sa.Column("reference", sa.JSON(none_as_null=True), nullable=True))
     # Whoever measured before the question was asked has joined.
     op.execute(sa.text("UPDATE device_targets SET joined = true"))
@@ -22,6 +23,7 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_column("leases", "reference")
+    op.drop_column("leases", "taken")
     op.drop_column("device_targets", "agreement")
     op.drop_column("device_targets", "joined")
     op.drop_column("devices", "refusals")
