@@ -296,19 +296,22 @@ class Sandbox:
             cwd=None if self.isolated else self.root,
             preexec_fn=None if terminal is None else lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
-        self.running.add(process)
+        self.running = {other for other in self.running if other.returncode is None} | {process}
         return process
 
     async def hang_up(self, process: asyncio.subprocess.Process) -> None:
-        """Nobody listens to a command any longer: its group gets SIGHUP. One that ignores it runs on, as on a phone."""
+        """Sends SIGHUP to a command's process group, as a terminal does. A command that ignores it runs on."""
         if process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGHUP)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(process.wait(), LEFT_ALONE_S)
+
+    def let_go(self, process: asyncio.subprocess.Process) -> None:
+        """Nobody reads what a command prints any longer: its next word is a SIGPIPE."""
         for output in (process.stdout, process.stderr):
             if output is not None:
-                output._transport.close()  # type: ignore[attr-defined]  # writing to it is SIGPIPE
+                output._transport.close()  # type: ignore[attr-defined]
         if process.returncode is not None:
             self.running.discard(process)
 

@@ -41,6 +41,7 @@ class Stream:
         self._may_send = asyncio.Event()
         self._may_send.set()
         self._sending = asyncio.Lock()
+        self._gone = asyncio.Event()
 
     def received(self, data: bytes) -> None:
         self._received.put_nowait(data)
@@ -54,6 +55,7 @@ class Stream:
             self.closed = True
             self._received.put_nowait(b"")
             self._may_send.set()
+            self._gone.set()
 
     async def read(self) -> bytes:
         while True:
@@ -83,6 +85,9 @@ class Stream:
         async with self._sending:
             await self._may_send.wait()
 
+    async def gone(self) -> None:
+        await self._gone.wait()
+
     def abort(self) -> None:
         self.connection.abort()
 
@@ -110,7 +115,7 @@ class Connection:
                 packet = await self._receive()
                 await self.server.thawed.wait()
                 await self._handle(packet)
-        except (asyncio.IncompleteReadError, ConnectionError):
+        except (asyncio.IncompleteReadError, OSError):
             _log.info("a client is gone")
         except ProtocolError as error:
             _log.warning("a connection is dropped: %s", error)
@@ -140,6 +145,9 @@ class Connection:
         header = protocol.unpack_header(
             await self.reader.readexactly(protocol.HEADER.size), protocol.MAX_PAYLOAD_BYTES if self.online else 1 << 16
         )
+        if hasattr(socket, "TCP_QUICKACK"):
+            # Clients send in small pieces, and hold each back until the one before is acknowledged.
+            self.writer.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         payload = await self.reader.readexactly(header.length)
         return protocol.complete(header, payload, self.version if self.online else protocol.WITH_CHECKSUM)
 
@@ -374,7 +382,7 @@ class Server:
             if self.alive:
                 self.sandbox.refresh()
             answer = self.sandbox.root / ANSWER
-            if self.authorize == "ask" and answer.exists():
+            if self.authorize == "ask" and self._shown() and answer.exists():
                 text = answer.read_text().strip().lower()
                 answer.unlink()
                 await self.answer(text in ("yes", "always"))
@@ -402,12 +410,17 @@ class Server:
         if self.authorize == "always":
             await connection.allow()
 
+    def _shown(self) -> list[Connection]:
+        """Connections whose unknown key is being asked about."""
+        return [connection for connection in self.connections if connection.offered is not None]
+
     async def answer(self, yes: bool) -> int:
         """Answers the prompts that are shown. Returns how many there were."""
-        shown = [connection for connection in self.connections if connection.offered is not None]
+        shown = self._shown()
         for connection in shown:
             if yes:
-                await connection.allow()
+                with contextlib.suppress(ConnectionError):  # it may be gone by now
+                    await connection.allow()
             else:
                 connection.offered = None
         return len(shown)

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from device_agents.simulated_phone import protocol
 from device_agents.simulated_phone.phone import Phone
-from device_agents.simulated_phone.sandbox import Sandbox
+from device_agents.simulated_phone.sandbox import LEFT_ALONE_S, Sandbox
 
 FEATURES = ("shell_v2", "stat_v2", "ls_v2", "fixed_push_mkdir")
 """What is advertised to clients, and nothing that is not served below."""
@@ -23,6 +23,7 @@ FEATURES = ("shell_v2", "stat_v2", "ls_v2", "fixed_push_mkdir")
 CHUNK_BYTES = 1 << 16
 PATH_BYTES = 1024
 SHELL_UID = 2000
+FIRST_RAW_API_LEVEL = 24
 
 WORDS = struct.Struct("<4sI")
 STAT_V1 = struct.Struct("<4s3I")
@@ -39,6 +40,9 @@ class Stream(Protocol):
 
     async def write(self, data: bytes) -> None:
         """Sends bytes, however many. Raises ConnectionError once the client has closed or is gone."""
+
+    async def gone(self) -> None:
+        """Returns once the client has closed the stream or is gone."""
 
     def abort(self) -> None:
         """Drops the connection, as if the cable were pulled."""
@@ -78,13 +82,18 @@ def find(name: str, phone: Phone, sandbox: Sandbox) -> Service | None:
 
 
 class Shell:
-    """A command with its input and output. Options: `v2` (the shell protocol), `pty` or `raw`, `TERM=…`."""
+    """A command with its input and output. Options: `v2` (the shell protocol), `pty` or `raw`, `TERM=…`.
+
+    When the client closes, a command gets SIGHUP if it runs in the shell protocol or on a terminal. Otherwise it runs
+    on, as on a phone, without input or output.
+    """
 
     def __init__(self, command: str, options: list[str], phone: Phone, sandbox: Sandbox) -> None:
         self.command = command
         self.v2 = "v2" in options
-        # As adbd: a shell without a command is meant for a person.
-        self.on_terminal = "pty" in options or ("raw" not in options and not command)
+        # A shell without a command is meant for a person; before Android 7 every shell had a terminal.
+        old = phone.identity.api_level < FIRST_RAW_API_LEVEL
+        self.on_terminal = "pty" in options or ("raw" not in options and (old or not command))
         self.phone = phone
         self.sandbox = sandbox
 
@@ -117,16 +126,21 @@ class Shell:
             sources = {protocol.STDOUT: reader}
         talk = asyncio.create_task(self._listen(stream, sink, outer))
         show = asyncio.create_task(self._show(stream, sources, process))
+        gone = asyncio.create_task(stream.gone())
         try:
-            await asyncio.wait({talk, show}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({gone, show}, return_when=asyncio.FIRST_COMPLETED)
             if show.done():
                 await show
         finally:
-            await self.sandbox.hang_up(process)
-            for task in (talk, show):
+            if self.v2 or self.on_terminal:
+                await self.sandbox.hang_up(process)
+            elif gone.done():
+                await asyncio.wait({talk}, timeout=LEFT_ALONE_S)  # what has come is still read by the command
+            for task in (talk, show, gone):
                 task.cancel()
-            await asyncio.gather(talk, show, return_exceptions=True)
+            await asyncio.gather(talk, show, gone, return_exceptions=True)
             sink.close()
+            self.sandbox.let_go(process)
 
     def _packet(self, kind: int, data: bytes) -> bytes:
         return protocol.shell_packet(kind, data) if self.v2 else data
