@@ -49,7 +49,7 @@ def owners_in_graph(graph: onnx.GraphProto, network: Network) -> Owners:
         if node.op_type in LAYOUT_CONVERSIONS:
             conversions.append(node)
         else:
-            owners[node.name] = (owner(node.name, network), False)
+            owners[node.name] = (_owner_of(node, network), False)
     # Every conversion is charged after all others are known; two in a row do not occur.
     for node in conversions:
         producer = owners.get(made_by.get(node.input[0], ""))
@@ -60,6 +60,14 @@ def owners_in_graph(graph: onnx.GraphProto, network: Network) -> Owners:
             raise Unsupported(f"the layout conversion {node.name!r} of the optimised graph belongs to no operator")
         owners[node.name] = (charged[0], True)
     return owners
+
+
+def _owner_of(node: onnx.NodeProto, network: Network) -> int:
+    """Some fused nodes get a name that says nothing; what they make keeps its name."""
+    try:
+        return owner(node.name, network)
+    except Unsupported:
+        return owner(node.output[0], network)
 
 
 def owners_by_name(events: Sequence[Mapping[str, Any]], network: Network) -> Owners | None:

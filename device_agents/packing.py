@@ -3,7 +3,8 @@
 Alone in a graph an operator pays for things that a network pays once (layout conversions, cold caches), so
 isolated latencies do not add up. A carrier is a random walk over operators whose shapes fit, which looks like
 a network because the operators of a search do fit each other. Where nothing fits, an *adapter* (a convolution
-1 x 1 with ReLU, as cheap as shapes allow, whose time is thrown away) leads on to an operator that still needs a place.
+1 x 1 or a linear layer with ReLU, as cheap as shapes allow, whose time is thrown away) leads on to an operator that
+still needs a place: from maps to smaller ones, to tokens and to vectors, and from tokens to as many others.
 """
 
 from __future__ import annotations
@@ -12,9 +13,25 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 
 from lut_db.networks import Network, NetworkBuilder
-from lut_db.operators import Activate, BaseOperator, Convolution, GlobalPool, Linear, Operator, Pool, Shape
+from lut_db.operators import (
+    MAX_ELEMENTS,
+    Activate,
+    Activation,
+    Add,
+    BaseOperator,
+    Convolution,
+    GlobalPool,
+    LayerNorm,
+    Linear,
+    Operator,
+    Pool,
+    Rearrange,
+    Shape,
+    TransposedConvolution,
+)
 
 MAX_FILLERS_IN_A_ROW = 3
 """How far a carrier may walk over operators that need no more places, to reach one that does."""
@@ -26,7 +43,12 @@ FUSED_INTO_CONVOLUTIONS = frozenset({"add", "activation"})
 CLAMPS = frozenset({"relu", "relu6"})
 
 IMAGE_CHANNELS = 8
-"""Channels of a carrier's input: enough for a runtime's blocked layout, so that the first adapter is ordinary."""
+"""Channels of a carrier's input: enough for a runtime's blocked layout, so that the first adapter is ordinary. Also
+the features of its tokens."""
+
+MAX_STRIDE = 64
+MAX_HEADS = 64
+"""Heads that an adapter splits off or merges."""
 
 
 @dataclass(frozen=True)
@@ -158,9 +180,18 @@ class _Packer:
         return None
 
 
-def _size(shape: Shape) -> int:
-    """Height times width; 0 for vectors."""
-    return shape[2] * shape[3] if len(shape) == 4 else 0
+def _size(shape: Shape) -> tuple[int, int]:
+    """Rank, then height times width, or tokens: a walk leads from what is larger to what is smaller."""
+    return (len(shape), shape[2] * shape[3] if len(shape) == 4 else shape[1] if len(shape) == 3 else 0)
+
+
+def _channels(shape: Shape) -> int:
+    return shape[1] if len(shape) == 4 else shape[-1]
+
+
+def _few(shape: Shape) -> int:
+    """Channels or features for a tensor that otherwise is like this one: few, and no more than may be."""
+    return min(IMAGE_CHANNELS, MAX_ELEMENTS // (prod(shape) // _channels(shape)))
 
 
 def _strides(here: Shape, there: Shape) -> tuple[int, int]:
@@ -168,19 +199,48 @@ def _strides(here: Shape, there: Shape) -> tuple[int, int]:
     return (-(-here[2] // there[2]), -(-here[3] // there[3]))
 
 
+def _strided(size: int, stride: int) -> int:
+    return (size - 1) // stride + 1
+
+
+def _stride_to_tokens(here: Shape, tokens: int) -> int | None:
+    """The stride, alike in both directions, by which a convolution 1 x 1 leaves this many positions of a map."""
+    strides = range(1, min(max(here[2:]), MAX_STRIDE) + 1)
+    return next((s for s in strides if _strided(here[2], s) * _strided(here[3], s) == tokens), None)
+
+
 def _clamps(operator: BaseOperator) -> bool:
     return isinstance(operator, Activate) and operator.activation in CLAMPS
 
 
 def _can_adapt(here: Shape, there: Shape) -> bool:
-    if here[0] != there[0] or len(there) > len(here):
+    """Whether adapters lead from a tensor of one shape to one of another, with weights that may be."""
+    if len(there) > len(here) or _channels(here) * _channels(there) > MAX_ELEMENTS:
+        return False
+    if len(there) == 3:
+        more, fewer = max(here[0], there[0]), min(here[0], there[0])
+        if more % fewer or more // fewer > MAX_HEADS:
+            return False
+        if len(here) == 3:
+            return here[1] == there[1]
+        return here[0] == fewer and _stride_to_tokens(here, there[1]) is not None
+    if here[0] != there[0]:
         return False
     if len(there) == 2:
         return True
     if here[2] < there[2] or here[3] < there[3]:
         return False
     strides = _strides(here, there)
-    return all((size - 1) // stride + 1 == out for size, stride, out in zip(here[2:], strides, there[2:], strict=True))
+    if max(strides) > MAX_STRIDE:
+        return False
+    return all(_strided(size, stride) == out for size, stride, out in zip(here[2:], strides, there[2:], strict=True))
+
+
+def _image(shape: Shape) -> Shape:
+    """The input of a carrier from which an adapter leads to a shape."""
+    if len(shape) == 4:
+        return (shape[0], _few(shape), *shape[2:])
+    return (*shape[:2], _few(shape)) if len(shape) == 3 else shape
 
 
 class _Walk:
@@ -200,10 +260,7 @@ class _Walk:
     def enter(self, operator: Operator) -> int:
         """The carrier's inputs, adapted to those of its first operator; returns the first of them."""
         self.inputs = len(operator.inputs)
-        images = [
-            self.build.input((shape[0], IMAGE_CHANNELS, *shape[2:]) if len(shape) == 4 else shape)
-            for shape in operator.inputs
-        ]
+        images = [self.build.input(_image(shape)) for shape in operator.inputs]
         adapted = [self.adapt(image, shape, operator) for image, shape in zip(images, operator.inputs, strict=True)]
         return adapted[0]
 
@@ -214,18 +271,44 @@ class _Walk:
     def adapt(self, tensor: int, shape: Shape, reader: Operator) -> int:
         """Leads from a tensor to a shape by adapters, for an operator that reads it."""
         here = self.shape(tensor)
-        if len(here) == 4 and len(shape) == 2:
+        activation: Activation = "hard_swish" if _clamps(reader) else "relu"
+        if len(here) > 2 and len(shape) == 2:
             tensor = self._add(GlobalPool(input=here), tensor)
             here = self.shape(tensor)
             if here == shape:
                 return self._keep(tensor)
         if len(shape) == 2:
             return self._keep(self._add(Linear(input=here, features=shape[1]), tensor))
+        if len(shape) == 3:
+            tensor = self._to_sequences(tensor, shape)
+            adapter: Operator = Linear(input=self.shape(tensor), features=shape[2], activation=activation)
+            return self._keep(self._add(adapter, tensor))
         adapter = Convolution(
-            input=here, filters=shape[1], kernel=(1, 1), stride=_strides(here, shape),
-            activation="hard_swish" if _clamps(reader) else "relu",
-        )  # fmt: skip
+            input=here, filters=shape[1], kernel=(1, 1), stride=_strides(here, shape), activation=activation
+        )
         return self._keep(self._add(adapter, tensor))
+
+    def _to_sequences(self, tensor: int, shape: Shape) -> int:
+        """As many sequences of as many tokens, with any features. A linear layer comes behind, so that nothing that is
+        timed adjoins a rearrangement."""
+        here = self.shape(tensor)
+        split, merged = shape[0] // here[0], here[0] // shape[0]
+        few = min(_few(here if merged > 1 else shape), _channels(here))
+        if len(here) == 4:
+            stride = _stride_to_tokens(here, shape[1])
+            assert stride is not None, "_can_adapt was not asked"
+            strided = Convolution(
+                input=here, filters=few * split, kernel=(1, 1), stride=(stride, stride), activation="relu"
+            )
+            tensor = self._add(strided, tensor)
+            tensor = self._add(Rearrange(input=strided.output, mode="map_to_tokens"), tensor)
+        elif max(split, merged) > 1:
+            tensor = self._add(Linear(input=here, features=few * max(split, 1), activation="relu"), tensor)
+        if split > 1:
+            return self._add(Rearrange(input=self.shape(tensor), mode="split_heads", heads=split), tensor)
+        if merged > 1:
+            return self._add(Rearrange(input=self.shape(tensor), mode="merge_heads", heads=merged), tensor)
+        return tensor
 
     def _add(self, operator: Operator, *inputs: int) -> int:
         self.read.update(inputs)
@@ -236,12 +319,32 @@ class _Walk:
 
         In a network such a pair is one operator already: a convolution with its activation, or its residual.
         """
-        if operator.kind not in FUSED_INTO_CONVOLUTIONS or tensor < self.inputs:
+        if tensor < self.inputs:
             return False
         maker = self.build.operator(tensor)
+        if isinstance(operator, Rearrange):
+            return isinstance(maker, Rearrange) or self._undone(operator, tensor)
+        if isinstance(operator, LayerNorm):
+            return isinstance(maker, Add)  # runtimes have one kernel for both
+        if operator.kind not in FUSED_INTO_CONVOLUTIONS:
+            return False
         if _clamps(operator) and (isinstance(maker, Pool) or getattr(maker, "activation", None) in CLAMPS):
             return True  # two clamps are one, and a pool can clamp
+        if isinstance(operator, Activate) and isinstance(maker, Linear | TransposedConvolution):
+            return maker.activation == "none"
         return isinstance(maker, Convolution) and maker.activation == "none"
+
+    def _undone(self, operator: Rearrange, tensor: int) -> bool:
+        """Whether a map becomes tokens that was made of tokens, with nothing but what can be done in either order
+        between: runtimes leave both out."""
+        while operator.mode == "map_to_tokens" and tensor >= self.inputs:
+            maker = self.build.operator(tensor)
+            if isinstance(maker, Rearrange):
+                return True
+            if isinstance(maker, Convolution | TransposedConvolution):
+                return False
+            tensor = self.build.read(tensor)[0]
+        return False
 
     def _second_input(self, operator: Operator, current: int) -> int | None:
         """A tensor other than `current` for the second input: the latest that fits, as a block's shortcut is."""
@@ -279,9 +382,9 @@ class _Walk:
         """Ends with an adapter behind the last operator, and returns every tensor that nothing reads."""
         shape = self.shape(current)
         last = self._add(
-            Linear(input=shape, features=8)
-            if len(shape) == 2
-            else Convolution(input=shape, filters=IMAGE_CHANNELS, kernel=(1, 1)),
+            Convolution(input=shape, filters=_few(shape), kernel=(1, 1))
+            if len(shape) == 4
+            else Linear(input=shape, features=_few(shape)),
             current,
         )
         unread = [tensor for tensor in range(self.inputs, last) if tensor not in self.read]

@@ -18,10 +18,12 @@ HALF_US = 0.5
 NAMES: dict[str, tuple[str, ...]] = {
     "ADD": ("Add", "Binary Elementwise"),
     "AVERAGE_POOL_2D": ("Average Pooling", "Copy", "Clamp"),
+    "BATCH_MATMUL": ("Batch Matrix Multiply",),
     "CONCATENATION": ("Copy", "Concatenate"),
     "CONV_2D": ("Convolution", "Fully Connected"),
     "DEPTHWISE_CONV_2D": ("Convolution",),
     "FULLY_CONNECTED": ("Fully Connected",),
+    "GELU": ("GELU", "Unary Elementwise"),
     "HARD_SWISH": ("HardSwish", "Unary Elementwise"),
     "LOGISTIC": ("Sigmoid", "Unary Elementwise"),
     "MAX_POOL_2D": ("Max Pooling", "Copy", "Clamp"),
@@ -30,7 +32,13 @@ NAMES: dict[str, tuple[str, ...]] = {
     "PAD": ("Constant Pad",),
     "RELU": ("Clamp", "Unary Elementwise"),
     "RELU6": ("Clamp", "Unary Elementwise"),
+    "RESHAPE": ("Static Reshape", "Copy"),
+    "RSQRT": ("Reciprocal Square Root", "Unary Elementwise"),
     "SLICE": ("Slice",),
+    "SOFTMAX": ("Softmax",),
+    "SUB": ("Subtract", "Binary Elementwise"),
+    "TRANSPOSE": ("Transpose",),
+    "TRANSPOSE_CONV": ("Deconvolution",),
 }
 """How the names begin that XNNPACK, in its newer and older builds, gives to what it makes of an operator."""
 BEFORE = {"FULLY_CONNECTED": ("Static Reshape", "Pack"), "CONV_2D": ("Static Reshape", "Pack")}
@@ -70,7 +78,7 @@ def attribute(
             continue
         # A concatenation is one copy for each of its inputs, each rounded.
         objects = len(operator.inputs) if code == "CONCATENATION" else 1
-        if not take(NAMES.get(code, ()), operator, objects) and code not in ELIDED:
+        if not take(NAMES.get(code, ()), operator, objects) and not _elided(operator):
             instead = repr(rest[0]) if rest else "nothing"
             raise Unsupported(f"the profile has {instead} where operator {number}, {code}, is due")
         if operator.clamped and code in CLAMPED_BY_ANOTHER:
@@ -78,6 +86,12 @@ def attribute(
     if rest:
         raise Unsupported(f"the profile has {rest[0]!r} behind the model's last operator")
     return found
+
+
+def _elided(operator: ModelOperator) -> bool:
+    """Whether XNNPACK may take it into a neighbour; a square goes into the mean of squares."""
+    square = operator.code == "MUL" and len(operator.inputs) == 2 and operator.inputs[0] == operator.inputs[1]
+    return square or operator.code in ELIDED
 
 
 def _execution_order(operators: Sequence[ModelOperator], own: Collection[int]) -> list[int]:

@@ -79,8 +79,8 @@ class Network(Record):
     def _check_wiring(self) -> Network:
         shapes: list[Shape] = [tuple(shape) for shape in self.inputs]
         for shape in shapes:
-            if len(shape) not in (2, 4) or min(shape) < 1:
-                raise ValueError(f"inputs: {shape} is no shape; it must be (N, C, H, W) or (N, F)")
+            if len(shape) not in (2, 3, 4) or min(shape) < 1:
+                raise ValueError(f"inputs: {shape} is no shape; it must be (N, C, H, W), (N, T, F) or (N, F)")
         for number, node in enumerate(self.nodes):
             expected = node.operator.inputs
             if len(node.inputs) != len(expected):
@@ -137,6 +137,10 @@ class NetworkBuilder:
     def operator(self, tensor: int) -> Operator:
         """The operator that makes a tensor."""
         return self._nodes[tensor - len(self._inputs)].operator
+
+    def read(self, tensor: int) -> tuple[int, ...]:
+        """The tensors that the operator reads which makes a tensor."""
+        return self._nodes[tensor - len(self._inputs)].inputs
 
     def __len__(self) -> int:
         return len(self._nodes)

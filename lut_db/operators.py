@@ -2,11 +2,13 @@
 
 An operator is its kind, the shapes of its inputs and its attributes, and nothing else: no layer name, no
 weights, no device. Two layers that an engine cannot tell apart are one operator and share one row of a table.
-Shapes are `(N, C, H, W)`, or `(N, F)` for vectors.
+The rank of a shape says what a tensor is, in every format: `(N, C, H, W)` is a map, `(N, F)` are vectors, and
+`(N, T, F)` are tokens: N sequences of T tokens with F features. The heads of an attention are sequences too, as
+`split_heads` makes them: (sequences x heads, tokens, features of a head).
 
 Counts follow the reading of NetAdaptV2 in which Tables 8 and 9 of the paper come out right: `macs` counts
-convolution, linear and the two linear layers of squeeze-and-excite; `macs_with_elementwise` adds pools,
-scalings and additions, one per element touched.
+convolution, linear, matrix products and the two linear layers of squeeze-and-excite; `macs_with_elementwise` adds
+pools, scalings, norms, softmax and additions, one per element touched.
 """
 
 from __future__ import annotations
@@ -26,15 +28,19 @@ MAX_DIMENSION = 1 << 16
 MAX_ELEMENTS = 1 << 28
 """Largest tensor that a network may hold (1 GiB of float32): checked before anything is allocated."""
 
-Activation = Literal["none", "relu", "relu6", "hard_swish", "hard_sigmoid", "sigmoid"]
+Activation = Literal["none", "relu", "relu6", "hard_swish", "hard_sigmoid", "sigmoid", "gelu"]
+"""`gelu` is the exact one, x (1 + erf(x / sqrt(2))) / 2."""
 Size = Annotated[int, Field(ge=1, le=MAX_DIMENSION)]
 Count = Annotated[int, Field(ge=0, le=MAX_DIMENSION)]
 Kernel = Annotated[int, Field(ge=1, le=255)]
 Stride = Annotated[int, Field(ge=1, le=64)]
+Dilation = Annotated[int, Field(ge=1, le=64)]
 Map: TypeAlias = tuple[Size, Size, Size, Size]
 """Shape of a feature map, (N, C, H, W)."""
 Vector: TypeAlias = tuple[Size, Size]
 """Shape of a batch of vectors, (N, F)."""
+Tokens: TypeAlias = tuple[Size, Size, Size]
+"""Shape of sequences of tokens, (N, T, F)."""
 Shape: TypeAlias = tuple[int, ...]
 Padding: TypeAlias = tuple[Count, Count, Count, Count]
 """Zeros added at (top, left, bottom, right)."""
@@ -59,9 +65,14 @@ def window_output(size: int, kernel: int, stride: int, pad: int) -> int:
     return (size + pad - kernel) // stride + 1
 
 
-def same_padding(kernel: int) -> Padding:
+def extent(kernel: int, dilation: int) -> int:
+    """Elements from the first to the last that a dilated kernel reads."""
+    return (kernel - 1) * dilation + 1
+
+
+def same_padding(kernel: int, dilation: int = 1) -> Padding:
     """Symmetric padding of an odd kernel: keeps the size at stride 1."""
-    return (kernel // 2,) * 4
+    return (extent(kernel, dilation) // 2,) * 4
 
 
 class Record(BaseModel):
@@ -96,12 +107,12 @@ class BaseOperator(Record):
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates of convolutions and linear layers."""
+        """Multiply-accumulates of convolutions, linear layers and matrix products."""
         return 0
 
     @property
     def elementwise(self) -> int:
-        """Elements that pools, scalings and additions touch."""
+        """Elements that pools, scalings, norms, softmax and additions touch."""
         return 0
 
     @property
@@ -127,6 +138,8 @@ class BaseOperator(Record):
         ]:
             if min(shape) < 1:
                 raise ValueError(f"{name} would have shape {shape}: every dimension must be at least 1")
+            if max(shape) > MAX_DIMENSION:
+                raise ValueError(f"{name} would have shape {shape}: no dimension may exceed {MAX_DIMENSION}")
             if prod(shape) > MAX_ELEMENTS:
                 raise ValueError(f"{name} of shape {shape} has more than {MAX_ELEMENTS} elements")
         return self
@@ -145,17 +158,22 @@ class _Windowed(BaseOperator):
         return (self.input,)
 
     @property
+    def extent(self) -> tuple[int, int]:
+        """Rows and columns that a window spans."""
+        return self.kernel
+
+    @property
     def output_size(self) -> tuple[int, int]:
         top, left, bottom, right = self.padding
         return (
-            window_output(self.input[2], self.kernel[0], self.stride[0], top + bottom),
-            window_output(self.input[3], self.kernel[1], self.stride[1], left + right),
+            window_output(self.input[2], self.extent[0], self.stride[0], top + bottom),
+            window_output(self.input[3], self.extent[1], self.stride[1], left + right),
         )
 
     @model_validator(mode="after")
     def _check_window(self) -> _Windowed:
         if min(self.output_size) < 1:
-            raise ValueError(f"kernel {self.kernel} is larger than the padded input {self.input}")
+            raise ValueError(f"a window of {self.extent} is larger than the padded input {self.input}")
         return self
 
 
@@ -163,15 +181,22 @@ class Convolution(_Windowed):
     """Convolution with its batch-norm folded in, an optional residual added, then the activation.
 
     `residual` adds a second input of the output's shape before the activation, as runtimes fuse it.
-    A depthwise convolution has `groups` equal to its input channels and to its filters.
+    A depthwise convolution has `groups` equal to its input channels and to its filters. `dilation` is the step
+    between the elements that a kernel reads.
     """
 
     kind: Literal["convolution"] = "convolution"
     filters: Size
     groups: Size = 1
+    # Younger than the first keys: left out of the canonical JSON where it says nothing.
+    dilation: tuple[Dilation, Dilation] = Field((1, 1), exclude_if=lambda dilation: dilation == (1, 1))
     bias: bool = True
     residual: bool = False
     activation: Activation = "none"
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        return (extent(self.kernel[0], self.dilation[0]), extent(self.kernel[1], self.dilation[1]))
 
     @property
     def inputs(self) -> tuple[Shape, ...]:
@@ -208,11 +233,74 @@ class Convolution(_Windowed):
         return self
 
 
+class TransposedConvolution(BaseOperator):
+    """Transposed convolution, then the activation: every element of the input is spread over a window of the output.
+
+    The output has `(size - 1) stride + kernel + output_padding` rows and columns, less the `padding` at each side.
+    The weights are `(channels, filters / groups, kernel height, kernel width)`.
+    """
+
+    kind: Literal["transposed_convolution"] = "transposed_convolution"
+    input: Map
+    filters: Size
+    kernel: tuple[Kernel, Kernel]
+    stride: tuple[Stride, Stride] = (1, 1)
+    padding: Padding = (0, 0, 0, 0)
+    output_padding: tuple[Count, Count] = (0, 0)
+    groups: Size = 1
+    bias: bool = True
+    activation: Activation = "none"
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        return (self.input,)
+
+    @property
+    def output_size(self) -> tuple[int, int]:
+        height, width = (
+            (self.input[2 + axis] - 1) * self.stride[axis] + self.kernel[axis] + self.output_padding[axis]
+            - self.padding[axis] - self.padding[axis + 2]
+            for axis in (0, 1)
+        )  # fmt: skip
+        return (height, width)
+
+    @property
+    def output(self) -> Shape:
+        return (self.input[0], self.filters, *self.output_size)
+
+    @property
+    def weights(self) -> dict[str, Shape]:
+        weight = (self.input[1], self.filters // self.groups, *self.kernel)
+        return {"weight": weight, "bias": (self.filters,)} if self.bias else {"weight": weight}
+
+    @property
+    def macs(self) -> int:
+        """What is spread beyond the output's edge is counted too, as it is computed."""
+        return prod(self.input) * (self.filters // self.groups) * prod(self.kernel)
+
+    @model_validator(mode="after")
+    def _check_spread(self) -> TransposedConvolution:
+        if self.input[1] % self.groups or self.filters % self.groups:
+            raise ValueError(
+                f"groups={self.groups} must divide the input channels ({self.input[1]}) "
+                f"and the filters ({self.filters})"
+            )
+        if any(more >= stride for more, stride in zip(self.output_padding, self.stride, strict=True)):
+            raise ValueError(f"output_padding {self.output_padding} must be smaller than the stride {self.stride}")
+        top, left, bottom, right = self.padding
+        if max(top, bottom) >= self.kernel[0] or max(left, right) >= self.kernel[1]:
+            raise ValueError(f"padding {self.padding} must be smaller than the kernel {self.kernel}")
+        return self
+
+
 class Linear(BaseOperator):
-    """Fully connected layer: `(N, F)` to `(N, features)`, then the activation."""
+    """Fully connected layer over the last dimension, then the activation.
+
+    `(N, F)` to `(N, features)`, or `(N, T, F)` to `(N, T, features)`.
+    """
 
     kind: Literal["linear"] = "linear"
-    input: Vector
+    input: Vector | Tokens
     features: Size
     bias: bool = True
     activation: Activation = "none"
@@ -223,16 +311,134 @@ class Linear(BaseOperator):
 
     @property
     def output(self) -> Shape:
-        return (self.input[0], self.features)
+        return (*self.input[:-1], self.features)
 
     @property
     def weights(self) -> dict[str, Shape]:
-        weight = (self.features, self.input[1])
+        weight = (self.features, self.input[-1])
         return {"weight": weight, "bias": (self.features,)} if self.bias else {"weight": weight}
 
     @property
     def macs(self) -> int:
-        return self.input[0] * self.input[1] * self.features
+        return prod(self.input) * self.features
+
+
+class MatMul(BaseOperator):
+    """Product of two batches of matrices: `(N, T, D)` by `(N, D, columns)` to `(N, T, columns)`.
+
+    transposed: the second is given as `(N, columns, D)`, as the keys of an attention are.
+    scaled: the product is divided by sqrt(D), as the scores of an attention are.
+    """
+
+    kind: Literal["matmul"] = "matmul"
+    input: Tokens
+    columns: Size
+    transposed: bool = False
+    scaled: bool = False
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        batch, _, inner = self.input
+        return (self.input, (batch, self.columns, inner) if self.transposed else (batch, inner, self.columns))
+
+    @property
+    def output(self) -> Shape:
+        return (*self.input[:2], self.columns)
+
+    @property
+    def macs(self) -> int:
+        return prod(self.input) * self.columns
+
+    @property
+    def elementwise(self) -> int:
+        return prod(self.output) if self.scaled else 0
+
+
+class _Tokenwise(BaseOperator):
+    """What is done to each token by itself, and keeps its shape."""
+
+    input: Tokens
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        return (self.input,)
+
+    @property
+    def output(self) -> Shape:
+        return self.input
+
+    @property
+    def elementwise(self) -> int:
+        return prod(self.input)
+
+
+class LayerNorm(_Tokenwise):
+    """Layer normalisation over the last dimension: `weight (x - mean) / sqrt(variance + epsilon) + bias`."""
+
+    kind: Literal["layer_norm"] = "layer_norm"
+    epsilon: Annotated[float, Field(ge=1e-12, le=1.0)] = 1e-5
+
+    @property
+    def weights(self) -> dict[str, Shape]:
+        return {"weight": self.input[2:], "bias": self.input[2:]}
+
+
+class Softmax(_Tokenwise):
+    """Softmax over the last dimension."""
+
+    kind: Literal["softmax"] = "softmax"
+
+
+class Rearrange(BaseOperator):
+    """The same elements in another order, which an attention needs before and behind it.
+
+    - `map_to_tokens`: `(N, C, H, W)` to `(N, H W, C)`, row by row;
+    - `tokens_to_map`: back, `(N, rows W, C)` to `(N, C, rows, W)`;
+    - `split_heads`: `(N, T, heads D)` to `(N heads, T, D)`;
+    - `merge_heads`: back, `(N heads, T, D)` to `(N, T, heads D)`.
+    """
+
+    kind: Literal["rearrange"] = "rearrange"
+    input: Map | Tokens
+    mode: Literal["map_to_tokens", "tokens_to_map", "split_heads", "merge_heads"]
+    rows: Size | None = None
+    heads: Annotated[int, Field(ge=2, le=MAX_DIMENSION)] | None = None
+
+    @property
+    def inputs(self) -> tuple[Shape, ...]:
+        return (self.input,)
+
+    @property
+    def output(self) -> Shape:
+        if len(self.input) == 4:
+            batch, channels, height, width = self.input
+            return (batch, height * width, channels)
+        batch, tokens, features = self.input
+        if self.mode == "tokens_to_map":
+            rows = self.rows or 1
+            return (batch, features, rows, tokens // rows)
+        heads = self.heads or 1
+        if self.mode == "split_heads":
+            return (batch * heads, tokens, features // heads)
+        return (batch // heads, tokens, features * heads)
+
+    @model_validator(mode="after")
+    def _check_mode(self) -> Rearrange:
+        if (self.mode == "map_to_tokens") != (len(self.input) == 4):
+            wanted = "a map (N, C, H, W)" if self.mode == "map_to_tokens" else "tokens (N, T, F)"
+            raise ValueError(f"input {self.input}: {self.mode} reads {wanted}")
+        for name, modes in (("rows", ("tokens_to_map",)), ("heads", ("split_heads", "merge_heads"))):
+            if (getattr(self, name) is not None) != (self.mode in modes):
+                raise ValueError(f"{self.mode} {f'needs {name}' if self.mode in modes else f'takes no {name}'}")
+        for name, divided, of in (
+            ("rows", self.input[1], "tokens"),
+            ("heads", self.input[0 if self.mode == "merge_heads" else 2],
+             "sequences" if self.mode == "merge_heads" else "features"),
+        ):  # fmt: skip
+            parts = getattr(self, name)
+            if parts is not None and divided % parts:
+                raise ValueError(f"{name}={parts} must divide the {of} ({divided})")
+        return self
 
 
 class SqueezeExcite(BaseOperator):
@@ -369,10 +575,10 @@ class ResidualAdd(BaseOperator):
 
 
 class Add(BaseOperator):
-    """Elementwise addition of two maps of one shape, then the activation."""
+    """Elementwise addition of two maps, or of tokens, of one shape, then the activation."""
 
     kind: Literal["add"] = "add"
-    input: Map
+    input: Map | Tokens
     activation: Activation = "none"
 
     @property
@@ -389,10 +595,10 @@ class Add(BaseOperator):
 
 
 class GlobalPool(BaseOperator):
-    """Mean over height and width: `(N, C, H, W)` to the vector `(N, C)`."""
+    """Mean over height and width, `(N, C, H, W)` to the vectors `(N, C)`; or over tokens, `(N, T, F)` to `(N, F)`."""
 
     kind: Literal["global_pool"] = "global_pool"
-    input: Map
+    input: Map | Tokens
 
     @property
     def inputs(self) -> tuple[Shape, ...]:
@@ -400,7 +606,7 @@ class GlobalPool(BaseOperator):
 
     @property
     def output(self) -> Shape:
-        return self.input[:2]
+        return self.input[:2] if len(self.input) == 4 else (self.input[0], self.input[2])
 
     @property
     def elementwise(self) -> int:
@@ -450,8 +656,8 @@ class Activate(BaseOperator):
     """An activation that no other operator could take in."""
 
     kind: Literal["activation"] = "activation"
-    input: Map
-    activation: Literal["relu", "relu6", "hard_swish", "hard_sigmoid", "sigmoid"]
+    input: Map | Tokens
+    activation: Literal["relu", "relu6", "hard_swish", "hard_sigmoid", "sigmoid", "gelu"]
 
     @property
     def inputs(self) -> tuple[Shape, ...]:
@@ -464,7 +670,8 @@ class Activate(BaseOperator):
 
 Operator = Annotated[
     Convolution | Linear | SqueezeExcite | ChannelBypass | ResidualAdd | Add
-    | GlobalPool | Pool | Upsample | Activate,
+    | GlobalPool | Pool | Upsample | Activate
+    | TransposedConvolution | MatMul | LayerNorm | Softmax | Rearrange,
     Field(discriminator="kind"),
 ]  # fmt: skip
 
@@ -476,5 +683,6 @@ KINDS: dict[str, type[BaseOperator]] = {
     for cls in (
         Convolution, Linear, SqueezeExcite, ChannelBypass, ResidualAdd, Add,
         GlobalPool, Pool, Upsample, Activate,
+        TransposedConvolution, MatMul, LayerNorm, Softmax, Rearrange,
     )
 }  # fmt: skip

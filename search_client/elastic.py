@@ -44,6 +44,8 @@ def activate(activation: Activation, x: Tensor) -> Tensor:
             return functional.hardsigmoid(x)
         case "sigmoid":
             return torch.sigmoid(x)
+        case "gelu":
+            return functional.gelu(x)
 
 
 def bypass_pool(x: Tensor, stride: int) -> Tensor:

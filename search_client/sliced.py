@@ -20,7 +20,20 @@ from torch.nn import functional
 from lut_db.errors import LatencyLabError
 from lut_db.lowering.weights import Array, Weights, checked
 from lut_db.networks import Network
-from lut_db.operators import Activate, Add, BaseOperator, ChannelBypass, Convolution, Linear, Pool, Upsample
+from lut_db.operators import (
+    Activate,
+    Add,
+    BaseOperator,
+    ChannelBypass,
+    Convolution,
+    LayerNorm,
+    Linear,
+    MatMul,
+    Pool,
+    Rearrange,
+    TransposedConvolution,
+    Upsample,
+)
 from search_client.architecture import Architecture
 from search_client.description import Description, Source
 from search_client.elastic import (
@@ -70,7 +83,7 @@ class OperatorModule(nn.Module):
     def parameter(self, name: str) -> Tensor | None:
         return self._parameters.get(name)
 
-    def convolve(self, x: Tensor, groups: int) -> Tensor:
+    def convolve(self, x: Tensor, groups: int, dilation: tuple[int, int] = (1, 1)) -> Tensor:
         """Convolution and batch-norm, without activation."""
         operator = self.operator
         top, left, bottom, right = operator.padding
@@ -78,7 +91,7 @@ class OperatorModule(nn.Module):
         if (top, left) != (bottom, right):
             x = functional.pad(x, (left, right, top, bottom))
             padding = (0, 0)
-        y = functional.conv2d(x, self.weight, self.parameter("bias"), operator.stride, padding, 1, groups)
+        y = functional.conv2d(x, self.weight, self.parameter("bias"), operator.stride, padding, dilation, groups)
         return y if self.batch_norm is None else self.batch_norm(y)
 
     @torch.no_grad()
@@ -96,8 +109,18 @@ class OperatorModule(nn.Module):
 
 def _convolution(module: OperatorModule, x: Tensor, *shortcut: Tensor) -> Tensor:
     operator: Convolution = module.operator
-    y = module.convolve(x, operator.groups)
+    y = module.convolve(x, operator.groups, operator.dilation)
     return activate(operator.activation, y + shortcut[0] if operator.residual else y)
+
+
+def _transposed_convolution(module: OperatorModule, x: Tensor) -> Tensor:
+    operator: TransposedConvolution = module.operator
+    y = functional.conv_transpose2d(
+        x, module.weight, module.parameter("bias"), operator.stride, 0, operator.output_padding, operator.groups
+    )
+    top, left, _, _ = operator.padding
+    height, width = operator.output_size
+    return activate(operator.activation, y[:, :, top : top + height, left : left + width])
 
 
 def _channel_bypass(module: OperatorModule, x: Tensor) -> Tensor:
@@ -120,6 +143,33 @@ def _linear(module: OperatorModule, x: Tensor) -> Tensor:
     return activate(operator.activation, functional.linear(x, module.weight, module.parameter("bias")))
 
 
+def _matmul(module: OperatorModule, x: Tensor, other: Tensor) -> Tensor:
+    operator: MatMul = module.operator
+    product = x @ (other.transpose(1, 2) if operator.transposed else other)
+    return product * operator.input[2] ** -0.5 if operator.scaled else product
+
+
+def _layer_norm(module: OperatorModule, x: Tensor) -> Tensor:
+    operator: LayerNorm = module.operator
+    return functional.layer_norm(x, x.shape[2:], module.weight, module.parameter("bias"), operator.epsilon)
+
+
+def _softmax(module: OperatorModule, x: Tensor) -> Tensor:
+    return x.softmax(-1)
+
+
+def _rearrange(module: OperatorModule, x: Tensor) -> Tensor:
+    operator: Rearrange = module.operator
+    if operator.mode == "map_to_tokens":
+        return x.flatten(2).transpose(1, 2)
+    if operator.mode == "tokens_to_map":
+        return x.transpose(1, 2).unflatten(2, operator.output[2:])
+    heads = operator.heads or 1
+    if operator.mode == "split_heads":
+        return x.unflatten(2, (heads, -1)).transpose(1, 2).flatten(0, 1)
+    return x.unflatten(0, (-1, heads)).transpose(1, 2).flatten(2)
+
+
 def _squeeze_excite(module: OperatorModule, x: Tensor) -> Tensor:
     return x * squeeze_excite_scale(
         x, module.reduce_weight, module.reduce_bias, module.expand_weight, module.expand_bias
@@ -136,7 +186,7 @@ def _add(module: OperatorModule, x: Tensor, other: Tensor) -> Tensor:
 
 
 def _global_pool(module: OperatorModule, x: Tensor) -> Tensor:
-    return x.mean((2, 3))
+    return x.mean((2, 3) if x.dim() == 4 else 1)
 
 
 def _pool(module: OperatorModule, x: Tensor) -> Tensor:
@@ -173,6 +223,11 @@ _RUN: dict[str, Callable[..., Tensor]] = {
     "pool": _pool,
     "upsample": _upsample,
     "activation": _activation,
+    "transposed_convolution": _transposed_convolution,
+    "matmul": _matmul,
+    "layer_norm": _layer_norm,
+    "softmax": _softmax,
+    "rearrange": _rearrange,
 }
 """How each kind of the vocabulary is run; `(module, *inputs) -> output`."""
 

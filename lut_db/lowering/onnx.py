@@ -7,6 +7,7 @@ is called `t<i>`, so that a runtime's profile can be read back in terms of opera
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import sqrt
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,15 @@ from lut_db.operators import (
     ChannelBypass,
     Convolution,
     GlobalPool,
+    LayerNorm,
     Linear,
+    MatMul,
     Pool,
+    Rearrange,
     ResidualAdd,
+    Softmax,
     SqueezeExcite,
+    TransposedConvolution,
     Upsample,
 )
 
@@ -84,11 +90,25 @@ class _Emitter:
             return self.emit("Sigmoid", tensor, part="sigmoid", last=last)
         if activation == "hard_sigmoid":
             return self.hard_sigmoid(tensor, last=last)
+        if activation == "gelu":
+            return self.gelu(tensor, last=last)
         # Said as its two halves rather than as HardSwish, which runtimes without such a kernel rename.
         return self.emit("Mul", tensor, self.hard_sigmoid(tensor, last=False), part="hard_swish", last=last)
 
     def hard_sigmoid(self, tensor: str, *, last: bool) -> str:
         return self.emit("HardSigmoid", tensor, part="hard_sigmoid", last=last, alpha=1 / 6, beta=0.5)
+
+    def gelu(self, tensor: str, *, last: bool) -> str:
+        """This opset has none; runtimes know its parts, in this order, and make them one."""
+        divided = self.emit("Div", tensor, self.constant("root_of_two", np.float32(sqrt(2))), part="divide")
+        error = self.emit("Erf", divided, part="erf")
+        shifted = self.emit("Add", error, self.constant("one", np.float32(1)), part="shift")
+        product = self.emit("Mul", tensor, shifted, part="multiply")
+        return self.emit("Mul", product, self.constant("half", np.float32(0.5)), part="gelu", last=last)
+
+    def reshape(self, tensor: str, shape: Sequence[int], part: str, *, last: bool = False) -> str:
+        sizes = self.constant(f"{part}_shape", np.array(shape, dtype=np.int64))
+        return self.emit("Reshape", tensor, sizes, part=part, last=last)
 
     def slice_channels(self, tensor: str, start: int, stop: int, part: str, *, last: bool = False) -> str:
         bounds = [self.constant(f"{part}_{name}", np.array([value], dtype=np.int64))
@@ -104,6 +124,7 @@ def _convolution(emit: _Emitter, operator: Convolution, inputs: Sequence[str]) -
     tensor = emit.emit(
         "Conv", *arguments, part="conv", last=not (operator.residual or activated),
         kernel_shape=operator.kernel, strides=operator.stride, pads=operator.padding, group=operator.groups,
+        dilations=operator.dilation,
     )  # fmt: skip
     if operator.residual:
         tensor = emit.emit("Add", tensor, inputs[1], part="residual", last=not activated)
@@ -111,14 +132,75 @@ def _convolution(emit: _Emitter, operator: Convolution, inputs: Sequence[str]) -
         emit.activate(operator.activation, tensor, last=True)
 
 
-def _linear(emit: _Emitter, operator: Linear, inputs: Sequence[str]) -> None:
+def _transposed_convolution(emit: _Emitter, operator: TransposedConvolution, inputs: Sequence[str]) -> None:
     arguments = [inputs[0], emit.weight("weight")]
     if operator.bias:
         arguments.append(emit.weight("bias"))
     activated = operator.activation != "none"
-    tensor = emit.emit("Gemm", *arguments, part="linear", last=not activated, transB=1)
+    tensor = emit.emit(
+        "ConvTranspose", *arguments, part="conv", last=not activated, kernel_shape=operator.kernel,
+        strides=operator.stride, pads=operator.padding, output_padding=operator.output_padding, group=operator.groups,
+    )  # fmt: skip
     if activated:
         emit.activate(operator.activation, tensor, last=True)
+
+
+def _linear(emit: _Emitter, operator: Linear, inputs: Sequence[str]) -> None:
+    """Tokens are put one below the other, as runtimes do themselves under names of their own."""
+    tensor = inputs[0]
+    tokens = len(operator.input) == 3
+    if tokens:
+        tensor = emit.reshape(tensor, (-1, operator.input[-1]), "stack")
+    arguments = [tensor, emit.weight("weight")]
+    if operator.bias:
+        arguments.append(emit.weight("bias"))
+    activated = operator.activation != "none"
+    tensor = emit.emit("Gemm", *arguments, part="linear", last=not (activated or tokens), transB=1)
+    if activated:
+        tensor = emit.activate(operator.activation, tensor, last=not tokens)
+    if tokens:
+        emit.reshape(tensor, operator.output, "unstack", last=True)
+
+
+def _matmul(emit: _Emitter, operator: MatMul, inputs: Sequence[str]) -> None:
+    second = inputs[1]
+    if operator.transposed:
+        second = emit.emit("Transpose", second, part="transpose", perm=(0, 2, 1))
+    product = emit.emit("MatMul", inputs[0], second, part="matmul", last=not operator.scaled)
+    if operator.scaled:
+        factor = emit.constant("factor", np.float32(operator.input[2] ** -0.5))
+        emit.emit("Mul", product, factor, part="scale", last=True)
+
+
+def _layer_norm(emit: _Emitter, operator: LayerNorm, inputs: Sequence[str]) -> None:
+    emit.emit(
+        "LayerNormalization", inputs[0], emit.weight("weight"), emit.weight("bias"), part="norm", last=True,
+        axis=-1, epsilon=operator.epsilon,
+    )  # fmt: skip
+
+
+def _softmax(emit: _Emitter, operator: Softmax, inputs: Sequence[str]) -> None:
+    emit.emit("Softmax", inputs[0], part="softmax", last=True, axis=-1)
+
+
+def _rearrange(emit: _Emitter, operator: Rearrange, inputs: Sequence[str]) -> None:
+    """A reshape stands between the transpose and whatever comes next, which runtimes would join otherwise."""
+    tensor = inputs[0]
+    if operator.mode == "map_to_tokens":
+        channels_last = emit.emit("Transpose", tensor, part="transpose", perm=(0, 2, 3, 1))
+        emit.reshape(channels_last, operator.output, "flatten", last=True)
+    elif operator.mode == "tokens_to_map":
+        batch, channels, height, width = operator.output
+        channels_last = emit.reshape(tensor, (batch, height, width, channels), "unflatten")
+        emit.emit("Transpose", channels_last, part="transpose", perm=(0, 3, 1, 2), last=True)
+    else:
+        (sequences, tokens, features), heads = operator.input, operator.heads or 1
+        split = operator.mode == "split_heads"
+        apart = (sequences, tokens, heads, -1) if split else (-1, heads, tokens, features)
+        transposed = emit.emit(
+            "Transpose", emit.reshape(tensor, apart, "apart"), part="transpose", perm=(0, 2, 1, 3)
+        )
+        emit.reshape(transposed, operator.output, "together", last=True)
 
 
 def _squeeze_excite(emit: _Emitter, operator: SqueezeExcite, inputs: Sequence[str]) -> None:
@@ -185,6 +267,9 @@ def _add(emit: _Emitter, operator: Add, inputs: Sequence[str]) -> None:
 
 
 def _global_pool(emit: _Emitter, operator: GlobalPool, inputs: Sequence[str]) -> None:
+    if len(operator.input) == 3:
+        emit.emit("ReduceMean", inputs[0], part="pool", last=True, axes=[1], keepdims=0)
+        return
     pooled = emit.emit("GlobalAveragePool", inputs[0], part="pool")
     emit.emit("Flatten", pooled, part="flatten", last=True, axis=1)
 
@@ -220,6 +305,11 @@ _LOWERINGS: dict[type[BaseOperator], Callable[[_Emitter, Any, Sequence[str]], No
     Pool: _pool,
     Upsample: _upsample,
     Activate: _activate,
+    TransposedConvolution: _transposed_convolution,
+    MatMul: _matmul,
+    LayerNorm: _layer_norm,
+    Softmax: _softmax,
+    Rearrange: _rearrange,
 }
 
 

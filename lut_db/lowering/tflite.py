@@ -1,7 +1,8 @@
 """Networks said in TFLite: batch-norm folded, activations fused where runtimes fuse them.
 
-Feature maps are NHWC inside: an input or output `(N, C, H, W)` of the network is one of `(N, H, W, C)` of the model;
-vectors stay as they are. `to_nhwc` and `to_nchw` turn arrays.
+Feature maps are NHWC inside: an input or output `(N, C, H, W)` of the network is one of `(N, H, W, C)` of the model.
+Vectors and tokens stay as they are: the vocabulary has no tensors of four dimensions but maps. `to_nhwc` and `to_nchw`
+turn arrays.
 
 Tensor `i` of the network is called `t<i>`, every other tensor `n<number>/<part>` after the network's node that it
 belongs to. What an operator of the model makes says whose it is (`owners`), so that a runtime's profile, which counts
@@ -29,13 +30,19 @@ from lut_db.operators import (
     ChannelBypass,
     Convolution,
     GlobalPool,
+    LayerNorm,
     Linear,
+    MatMul,
     Padding,
     Pool,
+    Rearrange,
     ResidualAdd,
     Shape,
+    Softmax,
     SqueezeExcite,
+    TransposedConvolution,
     Upsample,
+    extent,
     window_output,
 )
 
@@ -54,6 +61,11 @@ FUSED = {
 
 HALF_PIXEL_VERSION = 3
 GROUPED_CONVOLUTION_VERSION = 6
+DILATED_DEPTHWISE_VERSION = 2
+TOKENS_VERSION = 5
+"""Of a linear layer that keeps the dimensions of its input."""
+CLAMPED_TRANSPOSED_VERSION = 4
+"""Of a transposed convolution that has a bias and can do an activation."""
 TYPES = {np.dtype(np.float32): schema.TensorType.FLOAT32, np.dtype(np.int32): schema.TensorType.INT32}
 
 
@@ -62,12 +74,12 @@ def tensor_name(tensor: int) -> str:
 
 
 def to_nhwc(array: NDArray) -> NDArray:
-    """`(N, C, H, W)` to `(N, H, W, C)`; vectors as they are."""
+    """`(N, C, H, W)` to `(N, H, W, C)`; vectors and tokens as they are."""
     return np.ascontiguousarray(array.transpose(0, 2, 3, 1)) if array.ndim == 4 else array
 
 
 def to_nchw(array: NDArray) -> NDArray:
-    """`(N, H, W, C)` to `(N, C, H, W)`; vectors as they are."""
+    """`(N, H, W, C)` to `(N, C, H, W)`; vectors and tokens as they are."""
     return np.ascontiguousarray(array.transpose(0, 3, 1, 2)) if array.ndim == 4 else array
 
 
@@ -227,6 +239,9 @@ class _Emitter:
         if activation == "hard_swish":
             options: Any = schema.HardSwishOptionsT()
             return self.emit(Code.HARD_SWISH, tensor, part="hard_swish", shape=shape, options=options, last=last)
+        if activation == "gelu":
+            options = schema.GeluOptionsT(approximate=False)
+            return self.emit(Code.GELU, tensor, part="gelu", shape=shape, options=options, last=last)
         code = {"relu": Code.RELU, "relu6": Code.RELU6, "sigmoid": Code.LOGISTIC}[activation]
         return self.emit(code, tensor, part=activation, shape=shape, last=last)
 
@@ -242,14 +257,18 @@ class _Emitter:
         options: Callable[[int], Any], *, part: str, last: bool, version: int = 1,
     ) -> int:  # fmt: skip
         """An operator with weights, and the activation. XNNPACK takes no convolution without a bias, so all have one;
-        the 3 of a hard sigmoid is part of it."""
+        the 3 of a hard sigmoid is part of it. A transposed convolution reads in another order: the output's shape,
+        the weights, then the input."""
         values = np.zeros(shape[-1], np.float32) if bias is None else np.asarray(bias, np.float32)
         fused, rest = (activation, "none") if activation in FUSED else ("none", activation)
         if activation == "hard_sigmoid":
             values, fused = values + np.float32(3), "relu6"
+        inputs = [tensor, self.constant(f"{part}_weight", weight)]
+        if code == Code.TRANSPOSE_CONV:
+            inputs = [self.constant(f"{part}_shape", shape, np.int32), *reversed(inputs)]
         output = self.emit(
-            code, tensor, self.constant(f"{part}_weight", weight), self.constant(f"{part}_bias", values), part=part,
-            shape=shape, options=options(FUSED[fused]), last=last and rest == "none", version=version,
+            code, *inputs, self.constant(f"{part}_bias", values), part=part, shape=shape,
+            options=options(FUSED[fused]), last=last and rest == "none", version=version,
         )  # fmt: skip
         if rest == "none":
             return output
@@ -264,30 +283,45 @@ class _Emitter:
         filling = self.constant(f"{part}_value", value)
         return self.emit(Code.PADV2, tensor, amounts, filling, part=part, shape=shape, options=schema.PadV2OptionsT())
 
-    def slice_channels(self, tensor: int, start: int, stop: int, part: str, *, last: bool = False) -> int:
-        shape = (*self.shape(tensor)[:3], stop - start)
-        begin = self.constant(f"{part}_begin", (0, 0, 0, start), np.int32)
+    def slice(self, tensor: int, begin: Sequence[int], shape: Sequence[int], part: str, *, last: bool = False) -> int:
+        first = self.constant(f"{part}_begin", begin, np.int32)
         size = self.constant(f"{part}_size", shape, np.int32)
         return self.emit(
-            Code.SLICE, tensor, begin, size, part=part, shape=shape, options=schema.SliceOptionsT(), last=last
+            Code.SLICE, tensor, first, size, part=part, shape=shape, options=schema.SliceOptionsT(), last=last
         )
 
-    def mean(self, tensor: int, *, keep: bool, part: str, last: bool = False) -> int:
-        """The mean over height and width."""
-        batch, _, _, channels = self.shape(tensor)
-        axes = self.constant(f"{part}_axes", (1, 2), np.int32)
+    def slice_channels(self, tensor: int, start: int, stop: int, part: str, *, last: bool = False) -> int:
+        shape = (*self.shape(tensor)[:3], stop - start)
+        return self.slice(tensor, (0, 0, 0, start), shape, part, last=last)
+
+    def reshape(self, tensor: int, shape: Sequence[int], part: str, *, last: bool = False) -> int:
         return self.emit(
-            Code.MEAN, tensor, axes, part=part, shape=(batch, 1, 1, channels) if keep else (batch, channels),
+            Code.RESHAPE, tensor, self.constant(f"{part}_shape", shape, np.int32), part=part, shape=shape, last=last,
+            options=schema.ReshapeOptionsT(newShape=np.array(shape, np.int32)),
+        )  # fmt: skip
+
+    def mean(self, tensor: int, axes: Sequence[int], *, keep: bool, part: str, last: bool = False) -> int:
+        sizes = enumerate(self.shape(tensor))
+        shape = [1 if axis in axes else size for axis, size in sizes if keep or axis not in axes]
+        return self.emit(
+            Code.MEAN, tensor, self.constant(f"{part}_axes", axes, np.int32), part=part, shape=shape,
             options=schema.ReducerOptionsT(keepDims=keep), last=last,
         )  # fmt: skip
 
+    def multiply(self, left: int, right: int, part: str, *, last: bool = False) -> int:
+        """Of the left one's shape."""
+        return self.emit(
+            Code.MUL, left, right, part=part, shape=self.shape(left), options=schema.MulOptionsT(), last=last
+        )
+
     def convolve(
         self, tensor: int, weight: Array, bias: Array | None, *, stride: tuple[int, int] = (1, 1),
-        padding: Padding = (0, 0, 0, 0), groups: int = 1, activation: str = "none", part: str, last: bool = False,
+        padding: Padding = (0, 0, 0, 0), groups: int = 1, dilation: tuple[int, int] = (1, 1),
+        activation: str = "none", part: str, last: bool = False,
     ) -> int:  # fmt: skip
         """A convolution whose weights are `(filters, channels / groups, kernel height, kernel width)`."""
-        kernel = weight.shape[2:]
-        window = _window(self.shape(tensor), kernel, stride, padding)
+        spans = [extent(size, step) for size, step in zip(weight.shape[2:], dilation, strict=True)]
+        window = _window(self.shape(tensor), spans, stride, padding)
         if window.pads is not None:
             tensor = self.pad(tensor, window.pads, f"{part}_pad")
         batch, _, _, channels = self.shape(tensor)
@@ -299,18 +333,19 @@ class _Emitter:
             def depthwise(fused: int) -> Any:
                 return schema.DepthwiseConv2DOptionsT(
                     padding=window.mode, strideH=stride[0], strideW=stride[1], depthMultiplier=filters // channels,
-                    fusedActivationFunction=fused,
+                    dilationHFactor=dilation[0], dilationWFactor=dilation[1], fusedActivationFunction=fused,
                 )  # fmt: skip
 
             return self.weigh(
                 Code.DEPTHWISE_CONV_2D, tensor, weight.transpose(1, 2, 3, 0), bias, activation, shape, depthwise,
-                part=part, last=last,
+                part=part, last=last, version=1 if dilation == (1, 1) else DILATED_DEPTHWISE_VERSION,
             )  # fmt: skip
 
         def options(fused: int) -> Any:
             return schema.Conv2DOptionsT(
-                padding=window.mode, strideH=stride[0], strideW=stride[1], fusedActivationFunction=fused
-            )
+                padding=window.mode, strideH=stride[0], strideW=stride[1], dilationHFactor=dilation[0],
+                dilationWFactor=dilation[1], fusedActivationFunction=fused,
+            )  # fmt: skip
 
         return self.weigh(
             Code.CONV_2D, tensor, weight.transpose(0, 2, 3, 1), bias, activation, shape, options, part=part,
@@ -395,24 +430,131 @@ def _positions_inside(size: int, kernel: int, stride: int, before: int, position
 def _convolution(emit: _Emitter, operator: Convolution, inputs: Sequence[int]) -> None:
     tensor = emit.convolve(
         inputs[0], emit.arrays["weight"], emit.arrays.get("bias"), stride=operator.stride, padding=operator.padding,
-        groups=operator.groups, activation="none" if operator.residual else operator.activation, part="conv",
-        last=not operator.residual,
+        groups=operator.groups, dilation=operator.dilation,
+        activation="none" if operator.residual else operator.activation, part="conv", last=not operator.residual,
     )  # fmt: skip
     if operator.residual:
         emit.add(tensor, inputs[1], operator.activation, part="residual")
 
 
+def _transposed_convolution(emit: _Emitter, operator: TransposedConvolution, inputs: Sequence[int]) -> None:
+    """The format's own has no groups and no explicit padding: groups are done one by one, and edges are cut off."""
+    batch, height, width, channels = emit.shape(inputs[0])
+    weight, bias = emit.arrays["weight"], emit.arrays.get("bias")
+    same = all(
+        _is_same(size, out, kernel, stride, before)
+        for size, out, kernel, stride, before in zip(
+            (height, width), operator.output_size, operator.kernel, operator.stride, operator.padding[:2], strict=True
+        )
+    )
+    cut = any(operator.padding) and not same
+    top, left, bottom, right = operator.padding
+    rows, columns = operator.output_size
+    size = (rows + top + bottom, columns + left + right) if cut else operator.output_size
+    mode = schema.Padding.SAME if same and any(operator.padding) else schema.Padding.VALID
+    filters, inputs_each = operator.filters // operator.groups, channels // operator.groups
+    made = []
+    for group in range(operator.groups):
+        part = f"conv{group}"
+        given = slice(group * inputs_each, (group + 1) * inputs_each)
+        source = inputs[0]
+        if operator.groups > 1:
+            source = emit.slice_channels(source, given.start, given.stop, f"{part}_input")
+        made.append(
+            emit.weigh(
+                Code.TRANSPOSE_CONV, source, weight[given].transpose(1, 2, 3, 0),
+                None if bias is None else bias[group * filters : (group + 1) * filters], operator.activation,
+                (batch, *size, filters), lambda fused: schema.TransposeConvOptionsT(
+                    padding=mode, strideH=operator.stride[0], strideW=operator.stride[1], fusedActivationFunction=fused
+                ), part=part, last=operator.groups == 1 and not cut, version=CLAMPED_TRANSPOSED_VERSION,
+            )
+        )  # fmt: skip
+    tensor = made[0]
+    if operator.groups > 1:
+        tensor = emit.emit(
+            Code.CONCATENATION, *made, part="concat", shape=(batch, *size, operator.filters), last=not cut,
+            options=schema.ConcatenationOptionsT(axis=3),
+        )  # fmt: skip
+    if cut:
+        emit.slice(tensor, (0, top, left, 0), _nhwc(operator.output), "cut", last=True)
+
+
+def _is_same(size: int, output: int, kernel: int, stride: int, before: int) -> bool:
+    """Whether SAME padding, which for a transposed convolution is that of the convolution back, takes away as much."""
+    taken = max((size - 1) * stride + kernel - output, 0)
+    return size == -(-output // stride) and before == taken // 2
+
+
 def _linear(emit: _Emitter, operator: Linear, inputs: Sequence[int]) -> None:
+    tokens = len(operator.input) == 3
     emit.weigh(
         Code.FULLY_CONNECTED, inputs[0], emit.arrays["weight"], emit.arrays.get("bias"), operator.activation,
-        operator.output, lambda fused: schema.FullyConnectedOptionsT(fusedActivationFunction=fused), part="linear",
+        operator.output,
+        lambda fused: schema.FullyConnectedOptionsT(fusedActivationFunction=fused, keepNumDims=tokens),
+        part="linear", last=True, version=TOKENS_VERSION if tokens else 1,
+    )  # fmt: skip
+
+
+def _matmul(emit: _Emitter, operator: MatMul, inputs: Sequence[int]) -> None:
+    """The smaller of the first matrix and the product is scaled."""
+    first = inputs[0]
+    factor = emit.constant("factor", operator.input[2] ** -0.5) if operator.scaled else None
+    early = operator.input[2] <= operator.columns
+    if factor is not None and early:
+        first = emit.multiply(first, factor, "scale")
+    product = emit.emit(
+        Code.BATCH_MATMUL, first, inputs[1], part="matmul", shape=operator.output, last=factor is None or early,
+        options=schema.BatchMatMulOptionsT(adjX=False, adjY=operator.transposed),
+    )  # fmt: skip
+    if factor is not None and not early:
+        emit.multiply(product, factor, "scale", last=True)
+
+
+def _layer_norm(emit: _Emitter, operator: LayerNorm, inputs: Sequence[int]) -> None:
+    """The format has none: said in parts, as converters do."""
+    tensor = inputs[0]
+    shape = emit.shape(tensor)
+    mean = emit.mean(tensor, (2,), keep=True, part="mean")
+    centred = emit.emit(Code.SUB, tensor, mean, part="centre", shape=shape, options=schema.SubOptionsT())
+    variance = emit.mean(emit.multiply(centred, centred, "square"), (2,), keep=True, part="variance")
+    raised = emit.emit(
+        Code.ADD, variance, emit.constant("epsilon", operator.epsilon), part="raise", shape=emit.shape(variance),
+        options=schema.AddOptionsT(),
+    )  # fmt: skip
+    inverse = emit.emit(Code.RSQRT, raised, part="inverse", shape=emit.shape(raised))
+    normal = emit.multiply(centred, inverse, "normalise")
+    weighted = emit.multiply(normal, emit.constant("weight", emit.arrays["weight"]), "weigh")
+    emit.add(weighted, emit.constant("bias", emit.arrays["bias"]), "none", part="shift")
+
+
+def _softmax(emit: _Emitter, operator: Softmax, inputs: Sequence[int]) -> None:
+    emit.emit(
+        Code.SOFTMAX, inputs[0], part="softmax", shape=operator.output, options=schema.SoftmaxOptionsT(beta=1.0),
         last=True,
     )  # fmt: skip
 
 
+def _rearrange(emit: _Emitter, operator: Rearrange, inputs: Sequence[int]) -> None:
+    """Between maps and tokens there is nothing to move, as maps are NHWC."""
+    if operator.mode in ("map_to_tokens", "tokens_to_map"):
+        emit.reshape(inputs[0], _nhwc(operator.output), "reshape", last=True)
+        return
+    (sequences, tokens, features), heads = operator.input, operator.heads or 1
+    if operator.mode == "split_heads":
+        apart = (sequences, tokens, heads, features // heads)
+    else:
+        apart = (sequences // heads, heads, tokens, features)
+    order = (0, 2, 1, 3)
+    transposed = emit.emit(
+        Code.TRANSPOSE, emit.reshape(inputs[0], apart, "apart"), emit.constant("order", order, np.int32),
+        part="transpose", shape=[apart[axis] for axis in order], options=schema.TransposeOptionsT(),
+    )  # fmt: skip
+    emit.reshape(transposed, operator.output, "together", last=True)
+
+
 def _squeeze_excite(emit: _Emitter, operator: SqueezeExcite, inputs: Sequence[int]) -> None:
     arrays = emit.arrays
-    pooled = emit.mean(inputs[0], keep=True, part="pool")
+    pooled = emit.mean(inputs[0], (1, 2), keep=True, part="pool")
     reduced = emit.convolve(
         pooled, arrays["reduce_weight"][:, :, None, None], arrays["reduce_bias"], activation="relu", part="reduce"
     )
@@ -463,7 +605,7 @@ def _add(emit: _Emitter, operator: Add, inputs: Sequence[int]) -> None:
 
 
 def _global_pool(emit: _Emitter, operator: GlobalPool, inputs: Sequence[int]) -> None:
-    emit.mean(inputs[0], keep=False, part="pool", last=True)
+    emit.mean(inputs[0], (1, 2) if len(operator.input) == 4 else (1,), keep=False, part="pool", last=True)
 
 
 def _pool(emit: _Emitter, operator: Pool, inputs: Sequence[int]) -> None:
@@ -506,6 +648,11 @@ _LOWERINGS: dict[type[BaseOperator], Callable[[_Emitter, Any, Sequence[int]], No
     Pool: _pool,
     Upsample: _upsample,
     Activate: _activate,
+    TransposedConvolution: _transposed_convolution,
+    MatMul: _matmul,
+    LayerNorm: _layer_norm,
+    Softmax: _softmax,
+    Rearrange: _rearrange,
 }
 
 

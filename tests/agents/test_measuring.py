@@ -25,11 +25,16 @@ from lut_db.operators import (
     ChannelBypass,
     Convolution,
     GlobalPool,
+    LayerNorm,
     Linear,
+    MatMul,
     Operator,
     Pool,
+    Rearrange,
     ResidualAdd,
+    Softmax,
     SqueezeExcite,
+    TransposedConvolution,
     Upsample,
     same_padding,
 )
@@ -37,6 +42,8 @@ from lut_db.plans import Plan
 from lut_db.wire import Lease
 
 MAP = (1, 16, 14, 14)
+TOKENS = (1, 49, 64)
+HEADS = (2, 49, 32)
 ONE_OF_EACH: tuple[Operator, ...] = (
     Convolution(input=MAP, filters=16, kernel=(3, 3), padding=same_padding(3), activation="hard_swish"),
     Convolution(input=MAP, filters=16, kernel=(1, 1), residual=True),
@@ -50,6 +57,21 @@ ONE_OF_EACH: tuple[Operator, ...] = (
     Activate(input=MAP, activation="relu"),
     GlobalPool(input=MAP),
     Linear(input=(1, 16), features=32),
+    Convolution(input=MAP, filters=16, kernel=(3, 3), dilation=(2, 2), padding=same_padding(3, 2), activation="gelu"),
+    TransposedConvolution(input=MAP, filters=8, kernel=(4, 4), stride=(2, 2), padding=(1, 1, 1, 1)),
+    Rearrange(input=MAP, mode="map_to_tokens"),
+    Rearrange(input=TOKENS, mode="tokens_to_map", rows=7),
+    LayerNorm(input=TOKENS),
+    Linear(input=TOKENS, features=64),
+    Linear(input=TOKENS, features=256, activation="gelu"),
+    Rearrange(input=TOKENS, mode="split_heads", heads=2),
+    MatMul(input=HEADS, columns=49, transposed=True, scaled=True),
+    Softmax(input=(2, 49, 49)),
+    MatMul(input=(2, 49, 49), columns=32),
+    Rearrange(input=HEADS, mode="merge_heads", heads=2),
+    Add(input=TOKENS),
+    Activate(input=TOKENS, activation="gelu"),
+    GlobalPool(input=TOKENS),
 )
 # Other tests may run beside these: what is tested is that figures come, not that they are quiet.
 CALM = {"load_tolerance": 64.0, "drift_tolerance": 50.0}
