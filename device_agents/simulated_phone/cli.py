@@ -45,7 +45,7 @@ class Protocol(StrEnum):
 
 
 def command(
-    port: Annotated[int, typer.Option(help="0 takes a free one, which is printed")] = 5555,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one, which is printed")] = 5555,
     model: Annotated[str, typer.Option(help="ro.product.model")] = "Pixel 8",
     api_level: Annotated[int, typer.Option(help="ro.build.version.sdk")] = 35,
     android: Annotated[str, typer.Option(help="ro.build.version.release")] = "15",
@@ -78,7 +78,9 @@ def command(
         Protocol, typer.Option("--protocol", help="old: with checksums, 4 KiB a packet")
     ] = Protocol.new,
     reboot_seconds: Annotated[float, typer.Option(help="how long a reboot takes")] = 1.0,
-    control_port: Annotated[int | None, typer.Option(help="port for `control.Control`; 0 takes a free one")] = None,
+    control_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="port for `control.Control`; 0 takes a free one")
+    ] = None,
     fault: Annotated[
         list[str] | None,
         typer.Option(help="NAME[:times=N,after=X,seconds=S,match=TEXT]; " + "; ".join(map(": ".join, FAULTS.items()))),

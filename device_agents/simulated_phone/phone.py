@@ -296,7 +296,7 @@ class Phone:
 
     def system_files(self) -> dict[str, str]:
         """Files below /sys that follow the state, and their text."""
-        files = {}
+        files: dict[str, str] = {}
         for number, (name, celsius) in enumerate(self.sensors()):
             zone = f"sys/class/thermal/thermal_zone{number}"
             files |= {f"{zone}/temp": f"{round(celsius * 1000)}\n", f"{zone}/type": f"{name}\n"}

@@ -566,8 +566,8 @@ class _Table:
         if self.csv:
             lines = [", ".join("avg_ms" if name == "avg ms" else name for name in [*names, "name"])]
         else:
-            cells = "".join(f"\t{f'[{name}]':>{width}}" for name, width in zip(names, widths, strict=True))
-            lines = [f"{cells}\t[Name]"]
+            titles = "".join(f"\t{f'[{name}]':>{width}}" for name, width in zip(names, widths, strict=True))
+            lines = [f"{titles}\t[Name]"]
         done_us = 0.0
         for node in nodes:
             done_us += sum(node.times_us)

@@ -286,15 +286,13 @@ class Sandbox:
         shell = ["/system/bin/sh"] if self.isolated else ["/bin/sh"]
         if command:
             shell += ["-c", command if self.isolated else ANDROID_PATH.sub(f"{self.root}/", command)]
-        if terminal is None:
-            error_target = subprocess.PIPE if separate_errors else subprocess.STDOUT
-            ends = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": error_target}
-        else:
-            ends = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
         process = await asyncio.create_subprocess_exec(
-            *self._enter, *shell, **ends, start_new_session=True, env=self._environment(),
-            cwd=None if self.isolated else self.root,
-            preexec_fn=None if terminal is None else lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            *self._enter, *shell,
+            stdin=subprocess.PIPE if terminal is None else terminal,
+            stdout=subprocess.PIPE if terminal is None else terminal,
+            stderr=terminal if terminal is not None else subprocess.PIPE if separate_errors else subprocess.STDOUT,
+            start_new_session=True, env=self._environment(), cwd=None if self.isolated else self.root,
+            preexec_fn=None if terminal is None else _take_terminal,
         )  # fmt: skip
         self.running = {other for other in self.running if other.returncode is None} | {process}
         return process
@@ -347,3 +345,8 @@ class Sandbox:
             return shown.replace(name, b"/")
 
         return erase
+
+
+def _take_terminal() -> None:
+    """In a fresh session: makes standard input its terminal."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import socket
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from device_agents.simulated_phone.sandbox import Sandbox
 KEYS = "data/misc/adb/adb_keys"
 ANSWER = "authorize"
 TICK_S = 0.25
+REBOOT_AFTER_S = 0.1
 LINE_BYTES = 1 << 20
 OPEN_STREAMS_AT_MOST = 500
 
@@ -89,7 +91,7 @@ class Stream:
         await self._gone.wait()
 
     def abort(self) -> None:
-        self.connection.abort()
+        self.connection.abort(reset=True)
 
 
 class Connection:
@@ -127,9 +129,12 @@ class Connection:
             if tasks:
                 await asyncio.wait(tasks)
 
-    def abort(self) -> None:
-        transport = self.writer.transport
-        transport.abort()
+    def abort(self, reset: bool = False) -> None:
+        """Ends the connection, unsent data included; the client sees its end, or with `reset` an error."""
+        if reset and not self.writer.is_closing():
+            end = self.writer.get_extra_info("socket")
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.writer.transport.abort()
 
     async def send(self, packet: Packet) -> None:
         await self.server.thawed.wait()
@@ -243,9 +248,9 @@ class Connection:
 
     async def _pass_on(self, packet: Packet) -> None:
         stream = self.streams.get(packet.arg1)
-        known = stream is not None and packet.arg0 in (0, stream.theirs)
+        known = stream is not None and packet.arg0 in (0, stream.theirs) and not stream.closed
         if packet.command == CLSE:
-            if stream is not None and known and not stream.closed:
+            if stream is not None and known:
                 stream.close()
                 await self.send(Packet(CLSE, stream.ours, stream.theirs))
         elif stream is None or not known:
@@ -286,7 +291,7 @@ class Server:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._serving: set[asyncio.Task[Any]] = set()
         self._changing = asyncio.Lock()
-        phone.on_reboot = lambda: self.soon(self.die(0.1, self.reboot_s))
+        phone.on_reboot = self._reboot
 
     def soon(self, work: Any) -> asyncio.Task[Any]:
         """Does something in the background, until `close`."""
@@ -299,6 +304,9 @@ class Server:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             _log.error("in the background: %r", error)
+
+    def _reboot(self) -> None:
+        self.soon(self.die(REBOOT_AFTER_S, self.reboot_s))
 
     async def open(self, port: int) -> None:
         """Begins to serve; `port` 0 takes a free one."""
@@ -332,7 +340,7 @@ class Server:
                 listener.close()
         self._listener = self._helper = None
         self.thawed.set()
-        self.drop_all()
+        self.drop_all(reset=False)
         await self.sandbox.stop()
         if self._serving:
             await asyncio.wait(self._serving)
@@ -360,9 +368,9 @@ class Server:
         await asyncio.sleep(seconds)
         self.thawed.set()
 
-    def drop_all(self) -> None:
+    def drop_all(self, reset: bool = True) -> None:
         for connection in list(self.connections):
-            connection.abort()
+            connection.abort(reset)
 
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()

@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import psutil
 import pytest
@@ -272,10 +273,21 @@ def test_statistics_are_written_as_the_tool_writes_them(values: list[float], old
 # --- adb-shell -----------------------------------------------------------------------------------------------------
 
 
+OPENED: list[AdbDeviceTcp] = []
+
+
 def connect(one: RunningPhone, signer: PythonRSASigner | None, auth_timeout_s: float = 10.0) -> AdbDeviceTcp:
     device = AdbDeviceTcp("127.0.0.1", one.port, default_transport_timeout_s=PATIENCE_S)
+    OPENED.append(device)
     device.connect(rsa_keys=[signer] if signer else None, auth_timeout_s=auth_timeout_s)
     return device
+
+
+@pytest.fixture(autouse=True)
+def everything_is_closed() -> Iterator[None]:
+    yield
+    while OPENED:
+        OPENED.pop().close()
 
 
 def can_isolate() -> str | None:
@@ -527,7 +539,7 @@ def test_adb_shell(pixel: Callable) -> None:
     done = pixel("shell", "echo out; echo err >&2; exit 7")
     assert (done.returncode, done.stdout, done.stderr) == (7, b"out\n", b"err\n")
     assert pixel("shell", "cat", data=b"through\0and through").stdout == b"through\0and through"
-    done = pixel("shell", data=b"cd /data/local/tmp\npwd\nexit 3\n")
+    done = pixel("shell", data=b"cd $TMPDIR\npwd\nexit 3\n")
     assert (done.returncode, done.stdout) == (3, b"/data/local/tmp\n")
     assert pixel("shell", "kill -9 $$").returncode == 137
     assert pixel("shell", "-tt", "stty size > /dev/null; tty | grep -c /dev/pts").stdout.strip() == b"1"
@@ -553,7 +565,7 @@ def test_adb_pushes_and_pulls(pixel: Callable, tmp_path: Path) -> None:
     assert b"deep" in pixel("ls", f"{TMP}/tree").stdout
     refused = pixel("push", str(source / "one"), "/system/one")
     assert refused.returncode == 1
-    assert b"Read-only file system" in refused.stderr
+    assert b"Read-only file system" in refused.stdout + refused.stderr
     assert pixel("pull", "/no/such", str(tmp_path / "no")).returncode == 1
     pixel("shell", f"rm -r {TMP}/tree")
 
@@ -608,6 +620,12 @@ class Wire:
         self.socket = socket.create_connection(("127.0.0.1", port), PATIENCE_S)
         self.version = version
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.socket.close()
+
     def send(self, command: int, arg0: int, arg1: int, payload: bytes = b"") -> None:
         self.socket.sendall(protocol.pack(Packet(command, arg0, arg1, payload), self.version))
 
@@ -630,8 +648,7 @@ class Wire:
 
 
 def test_streams_word_by_word() -> None:
-    with phone("--authorize", "off") as one:
-        wire = Wire(one.port)
+    with phone("--authorize", "off") as one, Wire(one.port) as wire:
         banner = wire.welcome()
         assert banner.command == CNXN
         assert banner.payload.startswith(b"device::ro.product.name=shiba;")
@@ -665,26 +682,27 @@ def test_streams_word_by_word() -> None:
         wire.socket.sendall(b"GET / HTTP/1.1\r\nHost: phone\r\n\r\n")
         with pytest.raises((EOFError, ConnectionError)):
             wire.receive()
-        assert Wire(one.port).welcome().command == CNXN
+        with Wire(one.port) as again:
+            assert again.welcome().command == CNXN
 
 
 def test_without_a_key_nothing_is_opened(shared: RunningPhone) -> None:
-    wire = Wire(shared.port)
-    challenge = wire.welcome()
-    assert (challenge.command, challenge.arg0, len(challenge.payload)) == (AUTH, protocol.AUTH_TOKEN, 20)
-    wire.send(OPEN, 1, 0, b"shell:id\0")
-    wire.send(AUTH, protocol.AUTH_SIGNATURE, 0, bytes(256))
-    again = wire.receive()
-    assert (again.command, again.arg0) == (AUTH, protocol.AUTH_TOKEN)
-    assert again.payload != challenge.payload
-    wire.send(AUTH, protocol.AUTH_PUBLIC_KEY, 0, b"no key\0")
-    with pytest.raises((EOFError, ConnectionError)):
-        wire.receive()
+    with Wire(shared.port) as wire:
+        challenge = wire.welcome()
+        assert (challenge.command, challenge.arg0, len(challenge.payload)) == (AUTH, protocol.AUTH_TOKEN, 20)
+        wire.send(OPEN, 1, 0, b"shell:id\0")
+        wire.send(AUTH, protocol.AUTH_SIGNATURE, 0, bytes(256))
+        again = wire.receive()
+        assert (again.command, again.arg0) == (AUTH, protocol.AUTH_TOKEN)
+        assert again.payload != challenge.payload
+        wire.send(AUTH, protocol.AUTH_PUBLIC_KEY, 0, b"no key\0")
+        with pytest.raises((EOFError, ConnectionError)):
+            wire.receive()
 
 
 def test_keys_are_kept_and_asked_for(signer: PythonRSASigner, tmp_path: Path, adb: Adb) -> None:
     with phone("--authorize", "never", "--root", str(tmp_path / "phone")) as one:
-        with pytest.raises(exceptions.AdbTimeoutError):
+        with pytest.raises((exceptions.AdbTimeoutError, exceptions.TcpTimeoutException)):
             connect(one, signer, auth_timeout_s=0.3)
         with pytest.raises(exceptions.DeviceAuthError):
             connect(one, None)
@@ -869,14 +887,14 @@ def test_onnxruntime_perf_test_refuses(bench: AdbDeviceTcp, shared: RunningPhone
 def test_a_slow_phone_says_so(bench: AdbDeviceTcp, shared: RunningPhone) -> None:
     usual = figures(run(bench, f"{BENCHMARK} --num_runs=30")[0])[1]["median"]
     little = figures(run(bench, f"taskset 0f {BENCHMARK} --num_runs=30")[0])[1]["median"]
-    shared.control.set(speed=400.0)
+    shared.control.set(speed=60.0)
     try:
         slow = figures(run(bench, f"{BENCHMARK} --num_runs=30")[0])[1]["median"]
         run(bench, f"cd {TMP} && rm -f s.csv && {PERF_TEST} -r 5 -p slow conv.onnx s.csv")
     finally:
         shared.control.set(speed=1.0)
     assert little > usual
-    assert slow > 50 * usual
+    assert slow > 10 * usual
     seconds = [float(line.split(",")[1]) for line in bench.shell(f"cat {TMP}/s.csv").splitlines()]
     events = json.loads(bench.shell(f"cat {TMP}/slow_*.json; rm {TMP}/slow_*.json"))
     runs = [event["dur"] / 1e6 for event in events if event["name"] == "model_run"]
@@ -885,7 +903,7 @@ def test_a_slow_phone_says_so(bench: AdbDeviceTcp, shared: RunningPhone) -> None
 
 
 def test_noise_is_noise(bench: AdbDeviceTcp, shared: RunningPhone) -> None:
-    shared.control.set(noise=0.9, speed=50.0)
+    shared.control.set(noise=0.9, speed=20.0)
     try:
         found = figures(run(bench, f"{BENCHMARK} --num_runs=60")[0])[1]
     finally:
@@ -1021,7 +1039,7 @@ def test_a_phone_dies_and_comes_back(signer: PythonRSASigner) -> None:
         assert device.shell(f"cat {TMP}/armed") != "armed"
         one.control.die()
         with pytest.raises(GONE):
-            device.shell("echo there")
+            device.shell("echo there", read_timeout_s=1)
         with pytest.raises(OSError, match=r"refused|timed out"):
             socket.create_connection(("127.0.0.1", one.port), 1.0)
         one.control.wake()
@@ -1029,12 +1047,12 @@ def test_a_phone_dies_and_comes_back(signer: PythonRSASigner) -> None:
         assert device.shell(f"cat {TMP}/kept") == "kept"
         one.control.fault("die", after=0.1, seconds=0.2)
         with pytest.raises(GONE):
-            device.shell("sleep 100", read_timeout_s=PATIENCE_S)
+            device.shell("sleep 100", read_timeout_s=1)
         wait_until(lambda: one.control.state()["alive"], "it comes back")
         device = connect(one, signer)
         one.control.drop()
         with pytest.raises(GONE):
-            device.shell("echo there")
+            device.shell("echo there", read_timeout_s=1)
 
 
 def test_a_phone_freezes(signer: PythonRSASigner) -> None:
