@@ -214,6 +214,8 @@ class Phone:
         self._used_at = 0.0
         self._proven = False
         """Whether the connection has carried a command since the phone was taken hold of."""
+        self._last = "none"
+        """What the latest command is called on the phone."""
         self._threads = threading.RLock()
         self._depth = 0
         self._kept: set[str] = set()
@@ -315,7 +317,7 @@ class Phone:
         self._connected()
 
     def _connect(self) -> tuple[str, ...]:
-        """Connects, and clears away what a lost connection left. Returns the names of commands that had not ended."""
+        """Connects, and clears away what a lost connection left. Returns the names of commands that had begun."""
         key = signer(self.keys)
         prompted: list[object] = []
         try:
@@ -343,11 +345,11 @@ class Phone:
             f"for file in {pids}/*.pid; do [ -f $file ] || continue; read pid < $file; name=${{file##*/}}; "
             # A number may meanwhile be another process's: only a shell that names the file is ours.
             'if grep -q "$name" /proc/$pid/cmdline 2>/dev/null; then tree $pid; kill -9 -$pid 2>/dev/null; fi; '
-            "rm -f $file; echo ended $name; done",
+            "rm -f $file; echo begun $name; done",
             COMMAND_S,
             guarded=False,
         )
-        return tuple(re.findall(r"^ended (\w+)\.pid$", cleared.output, re.MULTILINE))
+        return tuple(re.findall(r"^begun (\w+)\.pid$", cleared.output, re.MULTILINE))
 
     def _drop(self) -> None:
         if self._device is not None:
@@ -364,8 +366,14 @@ class Phone:
         word = secrets.token_hex(16)
         text = f"sh -c {shlex.quote(command)} </dev/null 2>&1; code=$?; "
         if guarded:
-            pid = f"{self.folder}/run/{word}.pid"
-            text = f"echo $$ > {pid}; {text}rm -f {pid}; "
+            # The file stays, empty, until the next command: it tells one that has come to its end from one that never
+            # began.
+            pid, last = (f"{self.folder}/run/{name}.pid" for name in (word, self._last))
+            text = (
+                f"[ -d {self.folder}/run ] || mkdir -p {self.folder}/run {self.folder}/models {self.folder}/tools; "
+                f"rm -f {last}; echo $$ > {pid}; {text}{{ echo > {pid}; }} 2>/dev/null; "
+            )
+            self._last = word
         text += f"echo; echo {word}:$code"
         deadline = time.monotonic() + timeout_s
         said = bytearray()

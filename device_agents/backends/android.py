@@ -20,6 +20,7 @@ import logging
 import re
 import secrets
 import shlex
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -60,6 +61,8 @@ SLOWER = 20.0
 NOT_FOUND = (126, 127)
 SIGNALLED = range(129, 193)
 """Exit codes of the shell for what could not be run, and for what a signal ended (128 and its number)."""
+HOTTEST_C = 150.0
+"""What reads higher is no temperature."""
 BATTERY, SKIN, CPU = 2, 3, 0
 """Types of temperature in Android's thermal service."""
 
@@ -212,6 +215,11 @@ class _State:
         return max(self.temperatures_c.values(), default=None)
 
 
+CORES = "/sys/devices/system/cpu/cpu[0-9]*/cpufreq"
+CORE_FILES = ("scaling_cur_freq", "scaling_max_freq", "scaling_governor")
+ZONES = "/sys/class/thermal/thermal_zone*"
+
+
 def _look(phone: adb.Phone, tool_path: str, *, fix_clocks: bool) -> _State:
     """Asks a phone for its state, in one command."""
     mark = secrets.token_hex(8)
@@ -220,12 +228,9 @@ def _look(phone: adb.Phone, tool_path: str, *, fix_clocks: bool) -> _State:
         f"echo {mark} properties; getprop; "
         f"echo {mark} tool; [ -x {tool_path} ] && stat -c '%s %Y' {tool_path}; "
         f"echo {mark} fixed; {fixed}; "
-        f"echo {mark} cores; for core in /sys/devices/system/cpu/cpu[0-9]*; do echo ${{core##*cpu}} "
-        "$(cat $core/cpufreq/scaling_cur_freq 2>/dev/null || echo -) "
-        "$(cat $core/cpufreq/scaling_max_freq 2>/dev/null || echo -) "
-        "$(cat $core/cpufreq/scaling_governor 2>/dev/null || echo -); done; "
-        f"echo {mark} zones; for zone in /sys/class/thermal/thermal_zone*; do "
-        "echo $(cat $zone/temp 2>/dev/null || echo -) $(cat $zone/type 2>/dev/null || echo -); done; "
+        # One process for all files: there can be a hundred zones.
+        f"echo {mark} cores; grep -H . {' '.join(f'{CORES}/{name}' for name in CORE_FILES)} 2>/dev/null; "
+        f"echo {mark} zones; grep -H . {ZONES}/type {ZONES}/temp 2>/dev/null; "
         f"echo {mark} thermal; dumpsys thermalservice 2>/dev/null; "
         f"echo {mark} battery; dumpsys battery 2>/dev/null; "
         f"echo {mark} saver; settings get global low_power 2>/dev/null; echo {mark} end"
@@ -244,16 +249,20 @@ def _sections(text: str, mark: str) -> dict[str, str]:
 
 def _read_state(parts: dict[str, str]) -> _State:
     properties = dict(re.findall(r"^\[(.+?)\]: \[(.*)\]$", parts["properties"], re.MULTILINE))
-    cores = {}
-    for line in parts["cores"].splitlines():
-        cells = line.split()
-        if len(cells) == 4 and cells[0].isdigit():
-            now, limit = (int(cell) if cell.isdigit() else None for cell in cells[1:3])
-            cores[int(cells[0])] = _Core(now, limit, "unknown" if cells[3] == "-" else cells[3])
+    files: dict[int, dict[str, str]] = defaultdict(dict)
+    for core, name, text in re.findall(r"/cpu(\d+)/cpufreq/(\w+):(.*)$", parts["cores"], re.MULTILINE):
+        files[int(core)][name] = text.strip()
+    cores = {
+        core: _Core(*(int(said[name]) if said.get(name, "").isdigit() else None for name in CORE_FILES[:2]),
+                    said.get(CORE_FILES[2], "unknown"))
+        for core, said in files.items()
+    }  # fmt: skip
     zones: dict[str, float] = {}
-    for line in parts["zones"].splitlines():
-        temperature, _, name = line.partition(" ")
-        if re.fullmatch(r"\d+", temperature) and (celsius := _celsius(int(temperature))) is not None:
+    found = dict(re.findall(r"/thermal_zone(\d+/\w+):(.*)$", parts["zones"], re.MULTILINE))
+    for place, text in found.items():
+        number, _, file = place.partition("/")
+        if file == "temp" and text.strip().isdigit() and (celsius := _celsius(int(text))) is not None:
+            name = found.get(f"{number}/type", number).strip()
             zones[name] = max(celsius, zones.get(name, celsius))
     thermal = parts["thermal"]
     # Cached temperatures can be old.
@@ -261,6 +270,7 @@ def _read_state(parts: dict[str, str]) -> _State:
     readings = [
         (int(kind), name, float(value))
         for value, kind, name in re.findall(r"mValue=([\d.]+), mType=(\d+), mName=([^,}]+)", current)
+        if 0 < float(value) < HOTTEST_C
     ]
     battery = dict(re.findall(r"^\s*(AC powered|USB powered|level|temperature): (\w+)", parts["battery"], re.MULTILINE))
     touched = {name: value for kind, name, value in readings if kind in (BATTERY, SKIN)}
@@ -284,7 +294,7 @@ def _read_state(parts: dict[str, str]) -> _State:
 def _celsius(reading: int) -> float | None:
     """Zones tell thousandths, tenths or whole degrees; what is no temperature of a running phone is none."""
     celsius = reading / 1000 if reading > 2000 else reading / 10 if reading > 200 else float(reading)
-    return celsius if 0 < celsius < 150 else None
+    return celsius if 0 < celsius < HOTTEST_C else None
 
 
 def _heat(state: _State, limit_c: float) -> str | None:
@@ -321,7 +331,7 @@ class _Tool(Protocol):
         """Runs the model that often. Raises ToolFailed, TimedOut and Unreachable; Unsupported for what never works."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Profiled:
     """A network whose nodes are timed, and what was found out about how the tool runs it."""
 
@@ -543,7 +553,7 @@ def _mhz(khz: int | None) -> float | None:
     return None if khz is None else khz / 1e3
 
 
-@dataclass
+@dataclass(eq=False)
 class _Model:
     """A model on a phone."""
 
@@ -730,10 +740,10 @@ class _PerfTest:
 
     def start(self, path: str, runs: int, profiled: _Profiled | None, limit_s: float) -> _Start:
         arguments = self._arguments(runs)
-        then = "echo $mark results; cat results.csv 2>/dev/null"
+        then = "echo; echo $mark results; cat results.csv 2>/dev/null"
         if profiled is not None:
             arguments += ["-p", "profile"]
-            then += "; echo $mark profile; cat profile*.json 2>/dev/null"
+            then += "; echo; echo $mark profile; cat profile*.json 2>/dev/null"
         parts = self.backend.run_tool([*arguments, path, "results.csv"], limit_s, then)
         latencies_ms = benchmark_tools.parse_results(parts["results"], runs, parts["said"])
         if profiled is None:

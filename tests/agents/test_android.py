@@ -14,7 +14,7 @@ from phones import phone as running_phone
 from test_measuring import ONE_OF_EACH, lease, light
 
 from device_agents import adb, backends
-from device_agents.backends import Backend, Options, Unreachable, Unsupported
+from device_agents.backends import Backend, Options, Unreachable, Unsupported, android
 from device_agents.bench import bench_file
 from device_agents.benchmark_tools import ToolFailed
 from device_agents.child import Job
@@ -323,6 +323,39 @@ def test_what_xnnpack_does_not_take_splits_the_graph(make) -> None:  # type: ign
     times = loaded.node_times()
     assert times.total_ms.shape == (1, 4)
     assert (times.total_ms > 0).all()
+
+
+NOTHING = dict.fromkeys(("properties", "tool", "fixed", "cores", "zones", "thermal", "battery", "saver"), "")
+
+
+def test_a_phone_that_says_nothing_of_itself() -> None:
+    state = android._read_state(NOTHING)
+    assert (state.tool, state.cores, state.temperature_c, state.thermal_status, state.charging) == (
+        "",
+        {},
+        None,
+        None,
+        None,
+    )
+    assert android._heat(state, 40) is None
+
+
+def test_temperatures_in_whatever_unit_and_place() -> None:
+    zones = "/sys/class/thermal/thermal_zone0/type:{}\n/sys/class/thermal/thermal_zone0/temp:{}\n"
+    for kind, reading, celsius in (("skin", "41500", 41.5), ("battery", "415", 41.5), ("pm8998", "41", 41.0)):
+        state = android._read_state({**NOTHING, "zones": zones.format(kind, reading)})
+        assert state.temperature_c == celsius
+        assert "too hot" in (android._heat(state, 40) or "")
+    assert android._read_state({**NOTHING, "zones": zones.format("skin", "-273000")}).temperature_c is None
+    cached = (
+        "Thermal Status: 0\nCached temperatures:\n\tTemperature{mValue=80.0, mType=3, mName=skin, mStatus=3}\n"
+        "Current temperatures from HAL:\n\tTemperature{mValue=26.274, mType=3, mName=skin, mStatus=0}\n"
+        "\tTemperature{mValue=4200.0, mType=3, mName=odd, mStatus=0}\n"
+        "\tTemperature{mValue=62.5, mType=0, mName=CPU0, mStatus=0}\nCurrent cooling devices from HAL:\n"
+        "\tCoolingDevice{mValue=88, mType=3, mName=wrong}\n"
+    )
+    state = android._read_state({**NOTHING, "thermal": cached})
+    assert (state.temperature_c, state.cpu_temperature_c, state.thermal_status) == (26.274, 62.5, 0)
 
 
 def test_one_process_serves_several_phones(options: Options) -> None:
