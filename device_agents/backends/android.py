@@ -252,11 +252,10 @@ def _read_state(parts: dict[str, str]) -> _State:
     files: dict[int, dict[str, str]] = defaultdict(dict)
     for core, name, text in re.findall(r"/cpu(\d+)/cpufreq/(\w+):(.*)$", parts["cores"], re.MULTILINE):
         files[int(core)][name] = text.strip()
-    cores = {
-        core: _Core(*(int(said[name]) if said.get(name, "").isdigit() else None for name in CORE_FILES[:2]),
-                    said.get(CORE_FILES[2], "unknown"))
-        for core, said in files.items()
-    }  # fmt: skip
+    cores = {}
+    for core_number, said in files.items():
+        now, limit = (int(said[name]) if said.get(name, "").isdigit() else None for name in CORE_FILES[:2])
+        cores[core_number] = _Core(now, limit, said.get(CORE_FILES[2], "unknown"))
     zones: dict[str, float] = {}
     found = dict(re.findall(r"/thermal_zone(\d+/\w+):(.*)$", parts["zones"], re.MULTILINE))
     for place, text in found.items():
