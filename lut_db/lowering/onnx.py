@@ -197,9 +197,7 @@ def _rearrange(emit: _Emitter, operator: Rearrange, inputs: Sequence[str]) -> No
         (sequences, tokens, features), heads = operator.input, operator.heads or 1
         split = operator.mode == "split_heads"
         apart = (sequences, tokens, heads, -1) if split else (-1, heads, tokens, features)
-        transposed = emit.emit(
-            "Transpose", emit.reshape(tensor, apart, "apart"), part="transpose", perm=(0, 2, 1, 3)
-        )
+        transposed = emit.emit("Transpose", emit.reshape(tensor, apart, "apart"), part="transpose", perm=(0, 2, 1, 3))
         emit.reshape(transposed, operator.output, "together", last=True)
 
 
