@@ -12,6 +12,7 @@ from math import sqrt
 import numpy as np
 from numpy.typing import NDArray
 
+from device_agents import energy
 from device_agents.backends import Backend, Loaded, NodeTimes, Unreachable, Unsupported
 from device_agents.packing import pack
 from device_agents.sampling import Z95, Timed, chosen, half_width, sample, statistic
@@ -27,6 +28,9 @@ CANARY_SESSIONS = 4
 CANARY_WARMUP_RUNS = 5
 MESSAGE_LENGTH = 4000
 TWINS = 6
+ENERGY_SESSIONS = 3
+"""Sessions of one graph whose energy is counted: it hardly depends on where a runtime placed its memory."""
+
 SIGNIFICANT_DIGITS = 5
 STOPS: tuple[Stop, ...] = ("confident", "settled", "max_runs", "max_seconds")
 """From the best reason to stop to the worst: a row carries the worst of its graphs."""
@@ -91,12 +95,18 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         lease.plan,
     )  # fmt: skip
     samples = _samples(graphs, timed, profiles, slowness, profiler_ms, failures, lease.plan)
+    refusal = refusal or _drift(slowness, lease.plan)
+    energies: dict[str, float] = {}
+    counted: Evidence = {"absent": "the latencies are refused"}
+    if refusal is None:
+        progress("counting energy")
+        spare = {id(graph): twin for graph, twin in zip(twins, plain, strict=True)}
+        energies, counted = _energies(backend, graphs, timed, profiles, spare, profiler_ms, lease.plan)
     stops: dict[str, Stop] = {graph.key: record.stop or "max_runs" for graph, record in zip(graphs, timed, strict=True)}
-    measured = {key: _measurement(key, found, stops, lease.plan) for key, found in samples.items()}
+    measured = {key: _measurement(key, found, stops, energies.get(key), lease.plan) for key, found in samples.items()}
     all_canaries = np.concatenate(sampled.canaries_ms)
 
     measurements = []
-    refusal = refusal or _drift(slowness, lease.plan)
     for key in keys:
         if key in failures:
             measurements.append(Measurement(key=key, failure=failures[key]))
@@ -113,6 +123,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         "slowness": round(slowness, 4),
         "slowness_5_95": [round(float(q) / canary_ms, 4) for q in np.percentile(all_canaries, (5, 95))],
         "profiler_cost_us": round(profiler_ms * 1e3, 4),
+        "energy": counted,
         "graphs": len(graphs),
         "seconds": round(time.perf_counter() - began, 3),
         "seconds_in_kernels": round(sum(sum(record.times_ms) for record in timed) / 1e3, 3),
@@ -259,7 +270,58 @@ def _half_width(samples: Samples, plan: Plan, *, whole: bool) -> float:
     return float(Z95 * counted.std(ddof=1) / sqrt(len(counted))) / samples.slowness
 
 
-def _measurement(key: str, found: list[tuple[Samples, str]], stops: dict[str, Stop], plan: Plan) -> Measurement:
+def _energies(
+    backend: Backend, graphs: Sequence[_Graph], timed: Sequence[Timed], profiles: dict[int, NodeTimes],
+    spare: dict[int, Loaded], profiler_ms: float, plan: Plan,
+) -> tuple[dict[str, float], Evidence]:  # fmt: skip
+    """Joules that one run adds, by key, and what they rest on; none, with the reason, where they cannot be had.
+
+    A carrier's joules are shared among its nodes in proportion to their times; an operator's are the median over its
+    carriers. Latencies stand whatever comes of it.
+    """
+    if not isinstance(backend, energy.Metered):
+        return {}, {"absent": "this backend knows of nothing that counts energy"}
+    wanted: list[tuple[_Graph, Timed]] = []
+    sessions: dict[str, int] = defaultdict(int)
+    for graph, record in zip(graphs, timed, strict=True):
+        sessions[graph.network.key] += 1
+        if id(graph) in profiles or (not graph.places and sessions[graph.network.key] <= ENERGY_SESSIONS):
+            wanted.append((graph, record))
+    if not wanted:
+        return {}, {"absent": "no graph could be measured"}
+    bursts = []
+    for graph, record in wanted:
+        loaded = graph.loaded
+        if graph.places:  # what a profiler does costs energy too
+            loaded = spare.get(id(graph)) or backend.load(graph.network, profile=False)
+            loaded.time(CANARY_WARMUP_RUNS)
+        bursts.append(energy.Burst(loaded.time, float(np.median(record.times_ms))))
+    watch = backend.watch()
+    try:
+        counted = energy.joules_per_run(backend.counter(), bursts, starts=backend.burst is None)
+    except energy.Absent as absent:
+        return {}, {"absent": str(absent)}
+    _, disturbed = watch.read(plan)
+    if disturbed is not None:
+        return {}, {"absent": disturbed.message}
+    found: dict[str, list[float]] = defaultdict(list)
+    for (graph, record), joules in zip(wanted, counted.joules, strict=True):
+        if not graph.places:
+            found[graph.key].append(joules)
+            continue
+        profile = profiles[id(graph)]
+        read_ms = profile.total_ms[_counted(record, plan)].mean(axis=0)
+        times_ms = np.maximum(read_ms - profile.events * profiler_ms, read_ms / 10)
+        for node, key in graph.places.items():
+            found[key].append(joules * float(times_ms[node] / times_ms.sum()))
+    # The middle of all, those below zero too: leaving them out first would make the rest too large.
+    middles = {key: float(np.median(values)) for key, values in found.items()}
+    return {key: joules for key, joules in middles.items() if joules > 0}, counted.evidence
+
+
+def _measurement(
+    key: str, found: list[tuple[Samples, str]], stops: dict[str, Stop], energy_j: float | None, plan: Plan
+) -> Measurement:
     """The row of an operator or network: the middle of its graphs' statistics at the reference speed."""
     values = np.array([_value(samples) for samples, _ in found])
     latency_ms = statistic(values, "interquartile_mean")
@@ -269,6 +331,7 @@ def _measurement(key: str, found: list[tuple[Samples, str]], stops: dict[str, St
         latency_ms=latency_ms,
         half_width_ms=float(np.median([_half_width(samples, plan, whole=whole) for samples, _ in found])),
         spread=float(np.abs(values / latency_ms - 1).max()),
+        energy_j=energy_j,
         stop=max((stops[graph] for _, graph in found), key=STOPS.index),
         samples=tuple(samples for samples, _ in found),
     )

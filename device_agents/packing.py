@@ -297,13 +297,12 @@ class _Walk:
         if len(here) == 4:
             stride = _stride_to_tokens(here, shape[1])
             assert stride is not None, "_can_adapt was not asked"
-            strided = Convolution(
-                input=here, filters=few * split, kernel=(1, 1), stride=(stride, stride), activation="relu"
-            )
+            strided = Convolution(input=here, filters=few, kernel=(1, 1), stride=(stride, stride), activation="relu")
             tensor = self._add(strided, tensor)
             tensor = self._add(Rearrange(input=strided.output, mode="map_to_tokens"), tensor)
-        elif max(split, merged) > 1:
-            tensor = self._add(Linear(input=here, features=few * max(split, 1), activation="relu"), tensor)
+        if max(split, merged) > 1:  # two rearrangements in a row would be one to a runtime
+            features = few * max(split, 1)
+            tensor = self._add(Linear(input=self.shape(tensor), features=features, activation="relu"), tensor)
         if split > 1:
             return self._add(Rearrange(input=self.shape(tensor), mode="split_heads", heads=split), tensor)
         if merged > 1:

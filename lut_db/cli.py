@@ -104,12 +104,13 @@ def rows(
         queries.read_target(session, target)
         found = queries.page_of_rows(session, target, plan=plan, kind=kind, status=status, limit=limit)
         _print(
-            ["id", "plan", "kind", "key", "rev", "status", "latency_ms", "±", "device", "measured at"],
+            ["id", "plan", "kind", "key", "rev", "status", "latency_ms", "±", "energy_j", "device", "measured at"],
             [
                 [
                     str(row.id), row.plan, of_kind, row.workload, str(row.revision), row.status,
                     "" if row.latency_ms is None else f"{row.latency_ms:.5f}",
                     "" if row.half_width_ms is None else f"{row.half_width_ms:.5f}",
+                    "" if row.energy_j is None else f"{row.energy_j:.4g}",
                     row.device, row.measured_at.isoformat(timespec="seconds"),
                 ]
                 for row, of_kind in found

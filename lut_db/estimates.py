@@ -42,11 +42,15 @@ class Correction(Value):
 
 
 class OperatorRow(Value):
-    """What a table says of one operator. `row` is the id of the revision that was read."""
+    """What a table says of one operator. `row` is the id of the revision that was read.
+
+    `energy_j`, what one run adds to the energy of the device, is absent where the device does not count it.
+    """
 
     status: Status
     latency_ms: float | None = None
     half_width_ms: float | None = None
+    energy_j: float | None = None
     row: int | None = None
     message: str | None = None
 
@@ -56,7 +60,8 @@ class Estimate(Value):
 
     `status` is the least certain of its operators' statuses; without `measured` or `predicted` there is no
     latency. `sum_ms` is the plain sum of the rows. `corrected` is False where no correction was fitted yet:
-    `latency_ms` is then the plain sum, and no interval is claimed.
+    `latency_ms` is then the plain sum, and no interval is claimed. `energy_j` is the sum of the operators' energies,
+    absent where that of any is.
     """
 
     status: Status
@@ -64,6 +69,7 @@ class Estimate(Value):
     low_ms: float | None = None
     high_ms: float | None = None
     sum_ms: float | None = None
+    energy_j: float | None = None
     corrected: bool = False
 
 
@@ -99,4 +105,9 @@ def estimate(
     worst = max((rows[key].status if key in rows else Status.MISSING for key in network), key=CERTAINTY.index)
     if worst is not Status.MEASURED:
         return Estimate(status=worst)
-    return add_up(((kinds[key], rows[key].latency_ms or 0.0) for key in network), correction)
+    found = add_up(((kinds[key], rows[key].latency_ms or 0.0) for key in network), correction)
+    energies = [rows[key].energy_j for key in network]
+    counted = [energy_j for energy_j in energies if energy_j is not None]
+    if not counted or len(counted) < len(energies):
+        return found
+    return found.model_copy(update={"energy_j": sum(counted)})

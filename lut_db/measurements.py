@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
 Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Joules = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Status(StrEnum):
@@ -76,13 +77,15 @@ class Measurement(Value):
 
     Exactly one of `latency_ms` and `failure` is there. `half_width_ms` is half the 95 % confidence interval of
     the statistic within a graph; `spread` is the largest relative distance of a carrier's value from
-    `latency_ms`: it shows how much the neighbours matter.
+    `latency_ms`: it shows how much the neighbours matter. `energy_j` is what one run adds to the energy of a device
+    that stands still, where the device counts it.
     """
 
     key: str = Field(min_length=32, max_length=32)
     latency_ms: Milliseconds | None = None
     half_width_ms: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     spread: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    energy_j: Joules | None = None
     stop: Stop | None = None
     samples: tuple[Samples, ...] = ()
     failure: Failure | None = None
@@ -93,6 +96,8 @@ class Measurement(Value):
             raise ValueError("a measurement has either latency_ms or failure")
         if self.latency_ms is not None and (not self.samples or self.half_width_ms is None or self.stop is None):
             raise ValueError("a measured latency comes with its samples, half_width_ms and stop")
+        if self.latency_ms is None and self.energy_j is not None:
+            raise ValueError("energy_j comes with a latency_ms")
         return self
 
 

@@ -37,10 +37,12 @@ Stride = Annotated[int, Field(ge=1, le=64)]
 Dilation = Annotated[int, Field(ge=1, le=64)]
 Map: TypeAlias = tuple[Size, Size, Size, Size]
 """Shape of a feature map, (N, C, H, W)."""
-Vector: TypeAlias = tuple[Size, Size]
-"""Shape of a batch of vectors, (N, F)."""
 Tokens: TypeAlias = tuple[Size, Size, Size]
 """Shape of sequences of tokens, (N, T, F)."""
+MapOrTokens: TypeAlias = Annotated[tuple[Size, ...], Field(min_length=3, max_length=4)]
+"""Shape of a feature map or of sequences of tokens."""
+VectorOrTokens: TypeAlias = Annotated[tuple[Size, ...], Field(min_length=2, max_length=3)]
+"""Shape of a batch of vectors, (N, F), or of sequences of tokens."""
 Shape: TypeAlias = tuple[int, ...]
 Padding: TypeAlias = tuple[Count, Count, Count, Count]
 """Zeros added at (top, left, bottom, right)."""
@@ -300,7 +302,7 @@ class Linear(BaseOperator):
     """
 
     kind: Literal["linear"] = "linear"
-    input: Vector | Tokens
+    input: VectorOrTokens
     features: Size
     bias: bool = True
     activation: Activation = "none"
@@ -399,7 +401,7 @@ class Rearrange(BaseOperator):
     """
 
     kind: Literal["rearrange"] = "rearrange"
-    input: Map | Tokens
+    input: MapOrTokens
     mode: Literal["map_to_tokens", "tokens_to_map", "split_heads", "merge_heads"]
     rows: Size | None = None
     heads: Annotated[int, Field(ge=2, le=MAX_DIMENSION)] | None = None
@@ -578,7 +580,7 @@ class Add(BaseOperator):
     """Elementwise addition of two maps, or of tokens, of one shape, then the activation."""
 
     kind: Literal["add"] = "add"
-    input: Map | Tokens
+    input: MapOrTokens
     activation: Activation = "none"
 
     @property
@@ -598,7 +600,7 @@ class GlobalPool(BaseOperator):
     """Mean over height and width, `(N, C, H, W)` to the vectors `(N, C)`; or over tokens, `(N, T, F)` to `(N, F)`."""
 
     kind: Literal["global_pool"] = "global_pool"
-    input: Map | Tokens
+    input: MapOrTokens
 
     @property
     def inputs(self) -> tuple[Shape, ...]:
@@ -656,7 +658,7 @@ class Activate(BaseOperator):
     """An activation that no other operator could take in."""
 
     kind: Literal["activation"] = "activation"
-    input: Map | Tokens
+    input: MapOrTokens
     activation: Literal["relu", "relu6", "hard_swish", "hard_sigmoid", "sigmoid", "gelu"]
 
     @property

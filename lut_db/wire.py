@@ -200,6 +200,7 @@ class Row(Value):
     latency_ms: float | None = None
     half_width_ms: float | None = None
     spread: float | None = None
+    energy_j: float | None = None
     stop: Stop | None = None
     message: str | None = None
     device: Name

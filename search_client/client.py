@@ -230,6 +230,10 @@ class ProfilerClient:
         failed = {key: row.message for key, row in self._rows.items() if row.status is Status.FAILED}
         return {key: message or "no reason given" for key, message in failed.items()}
 
+    def row(self, operator: Operator) -> OperatorRow | None:
+        """What the pin says of an operator, latency and energy; None where no estimate has asked for it."""
+        return self._rows.get(operator.key)
+
     def _take(self, pin: Pin) -> Pin:
         if self._pin is None or self._pin.id != pin.id:
             self._rows.clear()

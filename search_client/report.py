@@ -10,6 +10,7 @@ import io
 import itertools
 from collections.abc import Callable, Sequence
 from html import escape
+from math import floor, log10
 from typing import Any
 
 import matplotlib
@@ -56,7 +57,10 @@ def number(value: float | None, unit: str = "") -> str:
     """Three significant digits, as a person would write them."""
     if value is None:
         return "–"
-    digits = 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2 if abs(value) >= 1 else 3
+    size = abs(value)
+    digits = 0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3
+    if 0 < size < 0.01:
+        digits = 2 - floor(log10(size))
     return f"{value:,.{digits}f}{' ' + unit if unit else ''}"
 
 
@@ -340,7 +344,7 @@ def _has_latency(result: Result) -> bool:
 
 def _headline(result: Result) -> str:
     initial, discovered = result["initial"], result["discovered"]
-    if _has_latency(result) and discovered.get("latency_ms"):
+    if result["metric"]["name"] == "latency" and _has_latency(result) and discovered.get("latency_ms"):
         return f"{number(initial['latency_ms'])} ms to {number(discovered['latency_ms'])} ms"
     unit = result["metric"]["unit"]
     return f"{number(initial['cost'])} to {number(discovered['cost'], unit)}"
@@ -362,6 +366,9 @@ def _cards(result: Result) -> str:
     cards = [(
         "test accuracy", percent(discovered["accuracy"]), f"initial network {percent(initial['accuracy'])}"
     )]  # fmt: skip
+    unit = result["metric"]["unit"]
+    if result["metric"]["name"] != "latency":
+        cards.append((result["metric"]["name"], number(discovered["cost"], unit), f"initial {number(initial['cost'])}"))
     if _has_latency(result) and discovered.get("latency_ms"):
         share = discovered["latency_ms"] / initial["latency_ms"]
         cards.append((
@@ -374,8 +381,6 @@ def _cards(result: Result) -> str:
             f"{100 * error:+.1f} % off; claimed {interval(discovered)}" if error is not None else "",
         ))  # fmt: skip
     else:
-        unit = result["metric"]["unit"]
-        cards.append((result["metric"]["name"], number(discovered["cost"], unit), f"initial {number(initial['cost'])}"))
         cards.append(("parameters", number(discovered["parameters"]), f"initial {number(initial['parameters'])}"))
     cards.append(("total time", duration(result["seconds"]["total"]), f"{result['samples']['evaluated']} samples"))
     return '<div class="cards">' + "".join(
@@ -388,6 +393,10 @@ def comparison(result: Result) -> list[tuple[str, str, str]]:
     """Rows of the comparison: what, initial, discovered."""
     initial, discovered, unit = result["initial"], result["discovered"], result["metric"]["unit"]
     rows = [("accuracy on test images", percent(initial["accuracy"]), percent(discovered["accuracy"]))]
+    if result["metric"]["name"] != "latency":
+        rows.append((result["metric"]["name"], number(initial["cost"], unit), number(discovered["cost"], unit)))
+    if initial.get("energy_j") is not None:
+        rows.append(("energy, measured", number(initial["energy_j"], "J"), number(discovered.get("energy_j"), "J")))
     if _has_latency(result):
         rows += [
             ("latency, measured", _measured(initial), _measured(discovered)),
@@ -395,8 +404,6 @@ def comparison(result: Result) -> list[tuple[str, str, str]]:
              number(discovered["predicted_latency_ms"], "ms")),
             ("interval of the prediction", interval(initial), interval(discovered)),
         ]  # fmt: skip
-    else:
-        rows.append((result["metric"]["name"], number(initial["cost"], unit), number(discovered["cost"], unit)))
     rows += [
         ("multiply-accumulates", number(initial["macs"] / 1e6, "M"), number(discovered["macs"] / 1e6, "M")),
         ("parameters", number(initial["parameters"] / 1e3, "k"), number(discovered["parameters"] / 1e3, "k")),

@@ -8,10 +8,10 @@ Everything lies in one run folder, written so that a search that is killed at an
     discovered.onnx, result.json, report.html
 
 Names in `result.json`: `initial` and `discovered` hold accuracy (on test images), latency_ms (measured whole),
-latency_half_width_ms, predicted_latency_ms, predicted_low_ms, predicted_high_ms, cost (in `metric.unit`), macs,
-parameters, operators, architecture; `service` holds operators_measured (those of the calibration included), lookups
-and lookups_answered_without_measuring; `seconds` holds super_network, samples, discovered_network and total;
-`trajectory` is what trajectory.jsonl holds.
+latency_half_width_ms, predicted_latency_ms, predicted_low_ms, predicted_high_ms, energy_j and predicted_energy_j (null
+where the device does not count it), cost (in `metric.unit`), macs, parameters, operators, architecture; `service` holds
+operators_measured (those of the calibration included), lookups and lookups_answered_without_measuring; `seconds` holds
+super_network, samples, discovered_network and total; `trajectory` is what trajectory.jsonl holds.
 """
 
 from __future__ import annotations
@@ -641,6 +641,8 @@ def _latencies(row: OperatorRow, prediction: Estimate) -> dict[str, float | None
     return {
         "latency_ms": row.latency_ms,
         "latency_half_width_ms": row.half_width_ms,
+        "energy_j": row.energy_j,
+        "predicted_energy_j": prediction.energy_j,
         "predicted_latency_ms": prediction.latency_ms,
         "predicted_low_ms": prediction.low_ms,
         "predicted_high_ms": prediction.high_ms,

@@ -25,7 +25,7 @@ import ai_edge_litert
 import numpy as np
 from numpy.typing import NDArray
 
-from device_agents import evidence
+from device_agents import energy, evidence
 from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
 from device_agents.xnnpack import attribute
 from lut_db.errors import InvalidInput
@@ -44,6 +44,7 @@ SERIES = "2.3."
 SETTINGS = {
     "xnnpack": "on or off: XNNPACK's kernels or the runtime's own; on by default",
     "huge_pages": "on or off: memory in huge pages; on by default where the system can",
+    "powercap": f"the folder in which the system counts energy; {energy.POWERCAP} by default",
 }
 INPUT_SEED = 0
 
@@ -70,6 +71,7 @@ def doctor(options: Options) -> Iterator[Check]:
     else:
         yield Check("C interface", True, found)
     yield from evidence.cpu_checks(options.threads, options.cores)
+    yield energy.check(lambda: energy.of_processor(options.settings))
 
 
 _PROBE = Convolution(input=(1, 8, 8, 8), filters=8, kernel=(3, 3), padding=(1, 1, 1, 1), activation="relu")
@@ -119,6 +121,9 @@ class CpuLitert:
 
     def watch(self) -> evidence.CpuWatch:
         return _Watch(self.xnnpack)
+
+    def counter(self) -> energy.Counter:
+        return energy.of_processor(self.options.settings)
 
     def load(self, model: Network | Path, *, profile: bool) -> Loaded:
         return _Session(model, self, profile)

@@ -19,7 +19,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from device_agents import evidence, ort_profile
+from device_agents import energy, evidence, ort_profile
 from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
 from lut_db.errors import InvalidInput
 from lut_db.lowering.onnx import tensor_name, to_onnx
@@ -40,6 +40,7 @@ INPUT_SEED = 0
 SETTINGS = {
     "graph_optimization": f"one of {', '.join(OPTIMIZATION)}; all by default",
     "huge_pages": "on or off: memory in huge pages; on by default where the system can",
+    "powercap": f"the folder in which the system counts energy; {energy.POWERCAP} by default",
 }
 DTYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64,
           "tensor(int32)": np.int32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
@@ -59,6 +60,7 @@ def doctor(options: Options) -> Iterator[Check]:
     providers = onnxruntime.get_available_providers()
     yield Check("CPU provider", "CPUExecutionProvider" in providers, ", ".join(providers), "pip install onnxruntime")
     yield from evidence.cpu_checks(options.threads, options.cores)
+    yield energy.check(lambda: energy.of_processor(options.settings))
 
 
 class CpuOnnxruntime:
@@ -89,6 +91,9 @@ class CpuOnnxruntime:
 
     def watch(self) -> evidence.CpuWatch:
         return evidence.CpuWatch()
+
+    def counter(self) -> energy.Counter:
+        return energy.of_processor(self.options.settings)
 
     def load(self, model: Network | Path, *, profile: bool) -> Loaded:
         return _Session(model, self.options.threads, self.level, profile)

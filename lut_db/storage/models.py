@@ -187,6 +187,7 @@ class Row(Base):
     latency_ms: Mapped[float | None]
     half_width_ms: Mapped[float | None]
     spread: Mapped[float | None]
+    energy_j: Mapped[float | None]
     stop: Mapped[str | None] = mapped_column(String(16))
     samples: Mapped[list[Any]] = mapped_column(deferred=True)
     failure: Mapped[dict[str, Any] | None]

@@ -343,14 +343,18 @@ def _newest(target: str, plan: str) -> tuple[Any, ...]:
     )
 
 
-def _operator_row(row: int, status: str, latency_ms: Any, half_width_ms: Any, failure: Any) -> OperatorRow:
+def _operator_row(
+    row: int, status: str, latency_ms: Any, half_width_ms: Any, energy_j: Any, failure: Any
+) -> OperatorRow:
     return OperatorRow(
-        status=Status(status), latency_ms=latency_ms, half_width_ms=half_width_ms, row=row,
+        status=Status(status), latency_ms=latency_ms, half_width_ms=half_width_ms, energy_j=energy_j, row=row,
         message=None if failure is None else f"{failure['cause']}: {failure['message']}",
     )  # fmt: skip
 
 
-_SHORT = (m.Row.workload, m.Row.id, m.Row.status, m.Row.latency_ms, m.Row.half_width_ms, m.Row.failure)
+_SHORT = (
+    m.Row.workload, m.Row.id, m.Row.status, m.Row.latency_ms, m.Row.half_width_ms, m.Row.energy_j, m.Row.failure
+)  # fmt: skip
 
 
 def newest_rows(session: Session, target: str, plan: str, keys: Iterable[str]) -> dict[str, OperatorRow]:
@@ -406,7 +410,8 @@ def append_rows(session: Session, target: str, plan: str, new: Sequence[NewRow])
                 "target": target, "plan": plan, "workload": said.key, "revision": revisions[said.key],
                 "status": (Status.MEASURED if said.failure is None else Status.FAILED).value,
                 "latency_ms": said.latency_ms, "half_width_ms": said.half_width_ms, "spread": said.spread,
-                "stop": said.stop, "samples": [sample.model_dump(mode="json") for sample in said.samples],
+                "energy_j": said.energy_j, "stop": said.stop,
+                "samples": [sample.model_dump(mode="json") for sample in said.samples],
                 "failure": None if said.failure is None else said.failure.model_dump(mode="json"),
                 "evidence": row.evidence, "device": row.device, "lease": row.lease, "measured_at": row.measured_at,
             }

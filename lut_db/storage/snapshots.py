@@ -52,7 +52,8 @@ def export_snapshot(session: Session, number: int) -> SnapshotFile:
             place, _ = evidence.setdefault(row.evidence, (len(evidence), definition))
         said = {
             "key": row.workload, "latency_ms": row.latency_ms, "half_width_ms": row.half_width_ms,
-            "spread": row.spread, "stop": row.stop, "samples": row.samples, "failure": row.failure,
+            "spread": row.spread, "energy_j": row.energy_j, "stop": row.stop, "samples": row.samples,
+            "failure": row.failure,
         }  # fmt: skip
         rows.append(
             SnapshotRow.model_validate(

@@ -18,8 +18,8 @@ def _fields(record: m.Row, kind: str) -> dict[str, Any]:
     return {
         "id": record.id, "target": record.target, "plan": record.plan, "key": record.workload, "kind": kind,
         "revision": record.revision, "status": record.status, "latency_ms": record.latency_ms,
-        "half_width_ms": record.half_width_ms, "spread": record.spread, "stop": record.stop,
-        "message": None if failure is None else f"{failure['cause']}: {failure['message']}",
+        "half_width_ms": record.half_width_ms, "spread": record.spread, "energy_j": record.energy_j,
+        "stop": record.stop, "message": None if failure is None else f"{failure['cause']}: {failure['message']}",
         "device": record.device, "measured_at": record.measured_at,
     }  # fmt: skip
 

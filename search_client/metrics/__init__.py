@@ -6,7 +6,7 @@ A metric is a module of this package with
     NEEDS_SERVICE: bool            whether it asks the profiling service
     costs(networks, service)       one cost for each network, None for one that has none
 
-Its docstring's first line says what it counts. `service` is what gives estimates of latency, or None.
+Its docstring's first line says what it counts. `service` is what gives estimates of latency and energy, or None.
 """
 
 from __future__ import annotations
@@ -18,14 +18,21 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from lut_db.errors import InvalidInput
-from lut_db.estimates import Estimate
+from lut_db.estimates import Estimate, OperatorRow
 from lut_db.networks import Network
+from lut_db.operators import Operator
+from lut_db.wire import Pin
 
 
 class Estimates(Protocol):
-    """Something that estimates latencies: the client of the service."""
+    """Something that estimates networks under a pin: the client of the service."""
+
+    @property
+    def pin(self) -> Pin: ...
 
     def estimates(self, networks: Sequence[Network]) -> list[Estimate]: ...
+
+    def row(self, operator: Operator) -> OperatorRow | None: ...
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import pytest
 
 from lut_db.errors import InvalidInput
-from lut_db.estimates import Estimate
+from lut_db.estimates import Estimate, OperatorRow
 from lut_db.measurements import Status
 from lut_db.networks import Network
-from lut_db.operators import Convolution, SqueezeExcite
+from lut_db.operators import Convolution, Operator, SqueezeExcite
+from lut_db.plans import IN_CONTEXT
+from lut_db.wire import Pin
 from search_client import metrics
 
 NETWORKS = [
@@ -22,8 +24,15 @@ NETWORKS = [
 class Service:
     """Estimates the first network only."""
 
+    def __init__(self, energy_j: float | None = 2e-3) -> None:
+        self.pin = Pin(id=1, target="0" * 16, plan=IN_CONTEXT)
+        self.energy_j = energy_j
+
+    def row(self, operator: Operator) -> OperatorRow:
+        return OperatorRow(status=Status.MEASURED, latency_ms=1.4, energy_j=self.energy_j)
+
     def estimates(self, networks: Sequence[Network]) -> list[Estimate]:
-        known = Estimate(status=Status.MEASURED, latency_ms=1.5, sum_ms=1.4)
+        known = Estimate(status=Status.MEASURED, latency_ms=1.5, sum_ms=1.4, energy_j=self.energy_j)
         return [known if network == NETWORKS[0] else Estimate(status=Status.FAILED) for network in networks]
 
 
@@ -45,14 +54,21 @@ def test_a_metric_gives_one_cost_for_each_network(name: str) -> None:
         assert metric.costs(NETWORKS, None) == costs
 
 
-def test_the_three_metrics() -> None:
-    assert metrics.names() == ["latency", "macs", "parameters"]
+def test_the_metrics() -> None:
+    assert metrics.names() == ["energy", "latency", "macs", "parameters"]
     assert metrics.load("latency").costs(NETWORKS, Service()) == [1.5, None]
+    assert metrics.load("energy").costs(NETWORKS, Service()) == [2e-3, None]
     assert metrics.load("macs").costs(NETWORKS, None) == [8 * 6 * 6 * 27 / 1e6, 2 * 16 * 8 / 1e6]
     assert metrics.load("parameters").costs(NETWORKS, None)[0] == (8 * 27 + 8) / 1e3
 
 
 @pytest.mark.parametrize("name", ["latancy", "__init__", "../client", "os"])
 def test_an_unknown_metric_lists_what_exists(name: str) -> None:
-    with pytest.raises(InvalidInput, match="latency, macs, parameters"):
+    with pytest.raises(InvalidInput, match="energy, latency, macs, parameters"):
         metrics.load(name)
+
+
+def test_a_device_that_counts_no_energy_is_named() -> None:
+    with pytest.raises(InvalidInput, match=f"{'0' * 16} has no energy of convolution of .1, 3, 8, 8.") as refused:
+        metrics.load("energy").costs(NETWORKS, Service(energy_j=None))
+    assert "device-agent doctor" in (refused.value.remedy or "")
