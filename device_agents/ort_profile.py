@@ -51,8 +51,12 @@ def owners_in_graph(graph: onnx.GraphProto, network: Network) -> Owners:
         else:
             owners[node.name] = (_owner_of(node, network), False)
     # Every conversion is charged after all others are known; two in a row do not occur.
+    producer: tuple[int, bool] | None
     for node in conversions:
-        producer = owners.get(made_by.get(node.input[0], ""))
+        try:  # a tensor keeps its name where a reshape that makes it was joined with the one before
+            producer = (owner(node.input[0], network), False)
+        except Unsupported:
+            producer = owners.get(made_by.get(node.input[0], ""))
         readers = [owners[name] for name in read_by[node.output[0]] if name in owners]
         blocked_to_plain = node.op_type == "ReorderOutput"
         charged = (readers[0] if readers else producer) if blocked_to_plain else (producer or readers[0])

@@ -26,7 +26,9 @@ class Settings(BaseSettings):
     lost_after_s: Seconds = Field(default=30.0, description="silence after which a device counts as lost")
     refusal_pause_s: Seconds = Field(default=5.0, description="pause before a refused measurement is tried again")
     quarantine_after: int = Field(default=10, ge=1, description="leases adrift or hot that quarantine a device")
-    reference_operators: int = Field(default=16, ge=3, le=256, description="operators that test who joins a pool")
+    reference_operators: int = Field(
+        default=16, ge=0, le=256, description="operators that test who joins a pool; 0: whoever comes joins"
+    )
     pool_tolerance: float = Field(
         default=0.1, gt=0, description="largest relative distance of a device that joins from the table it joins"
     )
