@@ -32,6 +32,7 @@ SIZES = (224, 112)
 TEST_NETWORKS = 40
 CALIBRATION_NETWORKS = 24
 QUICK = (112,), 10, 8
+PATIENCE_S = 600.0
 ISOLATED = Plan(context="isolated", carriers=1)
 FORMATS = {
     "ratio": "{:.3f}", "rank": "{:.4f}", "mean_error": "{:.2%}", "max_error": "{:.2%}",
@@ -127,7 +128,7 @@ def run(backend: str, family: str, size: int, tests: int, calibrations: int, fol
     whole = WHOLE.model_copy(update=noise)
     with (
         EmbeddedService(str(folder / "tables.sqlite"), folder, backend=backend) as service,
-        ProfilerClient(service.url, patience_s=1800) as client,
+        ProfilerClient(service.url, patience_s=PATIENCE_S, still_there=service.check) as client,
     ):
         for context, plan in (("in context", IN_CONTEXT), ("isolated", ISOLATED)):
             client.open_pin(service.target, plan.model_copy(update=noise))

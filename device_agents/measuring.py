@@ -80,7 +80,8 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     watch = backend.watch()
     sampled = sample(
         [*(graph.loaded.time for graph in graphs), *(loaded.time for loaded in plain)],
-        [session.time for session in canaries], lease.plan, lease.token, backend.burst,
+        [session.time for session in canaries], lease.plan, lease.token,
+        starts=backend.burst is None,
     )  # fmt: skip
     seen, refusal = watch.read(lease.plan)
 

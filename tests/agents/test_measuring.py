@@ -75,6 +75,7 @@ ONE_OF_EACH: tuple[Operator, ...] = (
 )
 # Other tests may run beside these: what is tested is that figures come, not that they are quiet.
 CALM = {"load_tolerance": 64.0, "drift_tolerance": 50.0}
+ALL_RUNS = ("round_runs", "min_runs", "max_runs")
 LIGHT = {"warmup_runs": 1, "round_runs": 2, "min_runs": 6, "max_runs": 6, **CALM}
 
 
@@ -102,8 +103,8 @@ def backend(request: pytest.FixtureRequest) -> backends.Backend:
 
 
 def light(backend: backends.Backend, **fields) -> Plan:
-    """A plan of few runs, in one round where every start of a tool is dear."""
-    return Plan(**{**LIGHT, **({} if backend.burst else {"round_runs": LIGHT["max_runs"]}), **fields})
+    """A plan of few runs; where every start of a tool is dear, and its timer coarse, of one round of more."""
+    return Plan(**{**LIGHT, **({} if backend.burst else dict.fromkeys(ALL_RUNS, 30)), **fields})
 
 
 def lease(backend: backends.Backend, plan: Plan, **fields) -> Lease:
