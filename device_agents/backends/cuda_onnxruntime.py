@@ -76,9 +76,9 @@ def create(options: Options) -> Backend:
 def _provider() -> Check:
     """Whether this ONNX Runtime is built for CUDA. Does not touch the GPU."""
     providers = onnxruntime.get_available_providers()
+    found = f"onnxruntime {onnxruntime.__version__} has {', '.join(providers)}"
     return Check(
-        "CUDA provider", PROVIDER in providers,
-        f"onnxruntime {onnxruntime.__version__} has {', '.join(providers)}" + ("" if PROVIDER in providers else ", no CUDA"),
+        "CUDA provider", PROVIDER in providers, found if PROVIDER in providers else f"{found}, no CUDA",
         "pip uninstall onnxruntime, then pip install onnxruntime-gpu: both are one package to Python, and the latter "
         "has the CPU provider too",
     )  # fmt: skip
