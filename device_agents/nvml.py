@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,7 @@ class Gpu:
         except nvml.NVMLError as error:
             raise InvalidInput(f"GPU {index} does not answer: {error}", field="settings.gpu",
                                remedy="see dmesg; the machine may have to be started again") from error  # fmt: skip
-        if (mig := self._told(nvml.nvmlDeviceGetMigMode)) and mig[0] == nvml.NVML_DEVICE_MIG_ENABLE:
+        if (mig := self._told("nvmlDeviceGetMigMode")) and mig[0] == nvml.NVML_DEVICE_MIG_ENABLE:
             raise InvalidInput(f"GPU {index} is cut into instances, whose neighbours cannot be seen",
                                field="settings.gpu", remedy=f"nvidia-smi -i {index} -mig 0")  # fmt: skip
 
@@ -97,16 +97,20 @@ class Gpu:
         """The GPU that the settings name."""
         return cls(whole(options.settings, "gpu", 0) or 0)
 
-    def _told(self, ask: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function of NVML says of this GPU, None where the driver or the GPU has no such thing."""
+    def _told(self, *names: str, asking: tuple[Any, ...] = ()) -> Any:
+        """What a function of NVML says of this GPU, by the first of its names, old and new, that is understood. None
+        where pynvml, the driver or the GPU has no such thing."""
         nvml = self._nvml
         untold = (nvml.NVML_ERROR_NOT_SUPPORTED, nvml.NVML_ERROR_FUNCTION_NOT_FOUND, nvml.NVML_ERROR_NO_PERMISSION)
-        try:
-            return ask(self._handle, *arguments)
-        except nvml.NVMLError as error:
-            if error.value in untold:
-                return None
-            raise Unreachable(f"GPU {self.index} ({self.name}): NVML says {error}") from error
+        for name in names:
+            if (ask := getattr(nvml, name, None)) is None:
+                continue
+            try:
+                return ask(self._handle, *asking)
+            except nvml.NVMLError as error:
+                if error.value not in untold:
+                    raise Unreachable(f"GPU {self.index} ({self.name}): NVML says {error}") from error
+        return None
 
     def environment(self) -> dict[str, str]:
         """What a process needs in its environment to see this GPU, and no other, as CUDA's device 0."""
@@ -126,41 +130,38 @@ class Gpu:
         if locked_mhz is not None:
             return f"locked at {locked_mhz} MHz"
         nvml = self._nvml
-        chosen = self._told(nvml.nvmlDeviceGetApplicationsClock, nvml.NVML_CLOCK_GRAPHICS)
-        usual = self._told(nvml.nvmlDeviceGetDefaultApplicationsClock, nvml.NVML_CLOCK_GRAPHICS)
+        chosen = self._told("nvmlDeviceGetApplicationsClock", asking=(nvml.NVML_CLOCK_GRAPHICS,))
+        usual = self._told("nvmlDeviceGetDefaultApplicationsClock", asking=(nvml.NVML_CLOCK_GRAPHICS,))
         return "default" if chosen is None or chosen == usual else f"application clocks {chosen} MHz"
 
     def power_limit_w(self) -> float | None:
         """The cap on power that was set."""
-        limit_mw = self._told(self._nvml.nvmlDeviceGetPowerManagementLimit)
+        limit_mw = self._told("nvmlDeviceGetPowerManagementLimit")
         return None if limit_mw is None else limit_mw / 1e3
 
     def persistent(self) -> bool | None:
         """Whether the driver keeps its state, locked clocks too, while no process uses the GPU."""
-        mode = self._told(self._nvml.nvmlDeviceGetPersistenceMode)
+        mode = self._told("nvmlDeviceGetPersistenceMode")
         return None if mode is None else mode == self._nvml.NVML_FEATURE_ENABLED
 
     def millijoules(self) -> int | None:
         """Energy since the driver was loaded, of the whole board; since Volta."""
-        counted = self._told(self._nvml.nvmlDeviceGetTotalEnergyConsumption)
+        counted = self._told("nvmlDeviceGetTotalEnergyConsumption")
         return None if counted is None else int(counted)
 
     def state(self) -> State:
         """How it is now. Raises Unreachable where it has gone."""
         nvml = self._nvml
-        power_mw = self._told(nvml.nvmlDeviceGetPowerUsage)
-        bits = self._told(nvml.nvmlDeviceGetCurrentClocksEventReasons)
-        if bits is None:  # drivers before 535 have the older name
-            bits = self._told(nvml.nvmlDeviceGetCurrentClocksThrottleReasons)
-        users = self._told(nvml.nvmlDeviceGetComputeRunningProcesses_v3)
-        if users is None:  # drivers before 510
-            users = self._told(nvml.nvmlDeviceGetComputeRunningProcesses_v2)
-        counters = self._told(nvml.nvmlDeviceGetFieldValues, [nvml.NVML_FI_DEV_PERF_POLICY_THERMAL])
+        power_mw = self._told("nvmlDeviceGetPowerUsage")
+        # Drivers before 535 have the older name of the first, those before 510 of the second.
+        bits = self._told("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons")
+        users = self._told("nvmlDeviceGetComputeRunningProcesses_v3", "nvmlDeviceGetComputeRunningProcesses_v2")
+        counters = self._told("nvmlDeviceGetFieldValues", asking=([nvml.NVML_FI_DEV_PERF_POLICY_THERMAL],))
         heat = counters[0] if counters is not None and counters[0].nvmlReturn == nvml.NVML_SUCCESS else None
         return State(
-            sm_mhz=self._told(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_SM),
-            memory_mhz=self._told(nvml.nvmlDeviceGetClockInfo, nvml.NVML_CLOCK_MEM),
-            temperature_c=self._told(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
+            sm_mhz=self._told("nvmlDeviceGetClockInfo", asking=(nvml.NVML_CLOCK_SM,)),
+            memory_mhz=self._told("nvmlDeviceGetClockInfo", asking=(nvml.NVML_CLOCK_MEM,)),
+            temperature_c=self._told("nvmlDeviceGetTemperature", asking=(nvml.NVML_TEMPERATURE_GPU,)),
             power_w=None if power_mw is None else power_mw / 1e3,
             slowed=None if bits is None else tuple(why for bit, why in SLOWED.items() if bits & bit),
             heat_counter=None if heat is None else int(heat.value.ullVal),

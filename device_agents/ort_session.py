@@ -88,6 +88,8 @@ def open_on_one(
     if provider not in onnxruntime.get_available_providers():
         raise Unreachable(f"this ONNX Runtime {onnxruntime.__version__} has no {provider}")
     options = session_options(threads, level)
+    if provider == CPU:  # which has nobody to fall back to
+        return open_session(model, options)
     options.add_session_config_entry(FALLBACK, "1")
     options.log_severity_level = FATAL_ONLY  # the refusal is told better below
     try:

@@ -195,8 +195,7 @@ class Sweep:
         )  # fmt: skip
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
         onnx.checker.check_model(model)
-        options = ort_session.session_options(1, "all")
-        self.session = ort_session.open_session(model.SerializeToString(), options, provider, provider_options)
+        self.session = ort_session.open_on_one(model.SerializeToString(), 1, "all", provider, provider_options)
         self.binding = ort_session.bind(self.session, device)
 
     def run(self) -> None:
