@@ -35,6 +35,9 @@ from lut_db.operators import (
 )
 
 OPSET = 20
+OLDEST_OPSET = 18
+"""Has all operators that are emitted, but the `YOUNGEST`."""
+YOUNGEST = frozenset({"Gelu"})
 IR_VERSION = 9
 """Read by every ONNX Runtime since 1.15."""
 Float = Literal["fp32", "fp16"]
@@ -310,12 +313,13 @@ _LOWERINGS: dict[type[BaseOperator], Callable[[_Emitter, Any, Sequence[str]], No
 
 
 def to_onnx(
-    network: Network, weights: Weights | None = None, seed: int = 0, precision: Float = "fp32"
+    network: Network, weights: Weights | None = None, seed: int = 0, precision: Float = "fp32", *, oldest: bool = False
 ) -> onnx.ModelProto:
     """The network as an ONNX model, checked; inputs `t0`, `t1`, …, outputs named after their tensors.
 
-    In fp16 weights, inputs, outputs and all between are halves. Without `weights` they are made up from `seed`. Raises
-    InvalidInput where weights do not fit the network.
+    In fp16 weights, inputs, outputs and all between are halves. `oldest`: in the oldest version of ONNX's operators
+    that has them all, for providers that do not know the newer ones. Without `weights` they are made up from `seed`.
+    Raises InvalidInput where weights do not fit the network.
     """
     dtype, element = ELEMENTS[precision]
     weights = made_up(network, seed) if weights is None else checked(network, weights)
@@ -337,8 +341,8 @@ def to_onnx(
         [described(tensor) for tensor in network.output_tensors],
         constants,
     )  # fmt: skip
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="latency-lab"
-    )
+    young = any(node.op_type in YOUNGEST for node in nodes)
+    opset = helper.make_opsetid("", OLDEST_OPSET if oldest and not young else OPSET)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="latency-lab")
     onnx.checker.check_model(model)
     return model
