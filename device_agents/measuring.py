@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_agents import energy
-from device_agents.backends import Backend, Loaded, NodeTimes, Unreachable, Unsupported
+from device_agents.backends import Backend, Loaded, NodeTimes, Unprofiled, Unreachable, Unsupported
 from device_agents.packing import pack
 from device_agents.sampling import Z95, Timed, chosen, half_width, sample, statistic
 from lut_db.canary import canary
@@ -53,6 +53,8 @@ def measure(backend: Backend, lease: Lease, progress: Callable[[str], None] = la
     or where the canary says that it was at another speed than the table's; there are none from a device that is gone
     (cause `unreachable`).
     """
+    if lease.plan.context == "in_context" and isinstance(backend, Unprofiled):
+        return failed(lease, "unsupported", backend.unprofiled)
     try:
         return _measure(backend, lease, progress)
     except Unreachable as error:

@@ -17,7 +17,7 @@ import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from lut_db.measurements import Evidence, Failure
 from lut_db.networks import Network
 from lut_db.plans import Plan
 from lut_db.targets import Target
+
+EXTRAS = {"torch": "cuda"}
+"""The extra that brings a package, where it is not `agent`."""
 
 
 class Unsupported(Exception):
@@ -107,6 +110,14 @@ class Backend(Protocol):
         """The network's outputs, to compare with the reference. Raises NotImplementedError where no tool tells."""
 
 
+@runtime_checkable
+class Unprofiled(Protocol):
+    """A backend whose runtime does not tell what a node takes: operators cannot be measured in context."""
+
+    unprofiled: str
+    """Why, and what to do instead."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that a backend needs: whether it is there, what was found, and what to do about a lack."""
@@ -138,8 +149,9 @@ def module(name: str) -> _Module:
         found: _Module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     except ModuleNotFoundError as error:
         raise InvalidInput(
-            f"{name} needs the package {error.name!r}", field="backend", remedy="pip install 'latency-lab[agent]'"
-        ) from error
+            f"{name} needs the package {error.name!r}", field="backend",
+            remedy=f"pip install 'latency-lab[{EXTRAS.get(error.name or '', 'agent')}]'",
+        ) from error  # fmt: skip
     return found
 
 

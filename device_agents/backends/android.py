@@ -33,6 +33,7 @@ from numpy.typing import NDArray
 from device_agents import adb, benchmark_tools, ort_profile, xnnpack
 from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unreachable, Unsupported
 from device_agents.benchmark_tools import NotDelegated, Row, ToolFailed
+from device_agents.settings import choice
 from lut_db.errors import InvalidInput
 from lut_db.lowering.onnx import to_onnx
 from lut_db.lowering.tflite import ModelOperator, model_operators, to_tflite
@@ -107,9 +108,9 @@ class _Setup:
     @classmethod
     def of(cls, options: Options) -> _Setup:
         given = options.settings
-        tool = _choice(given, "tool", TOOLS)
-        accelerator = _choice(given, "accelerator", ACCELERATORS)
-        precision = _choice(given, "precision", ("fp32", "fp16"))
+        tool = choice(given, "tool", TOOLS)
+        accelerator = choice(given, "accelerator", ACCELERATORS)
+        precision = choice(given, "precision", ("fp32", "fp16"))
         if tool == "onnxruntime_perf_test" and accelerator == "gpu":
             raise InvalidInput(f"{tool} has no GPU on phones", field="settings.accelerator", remedy="cpu or nnapi")
         if precision == "fp16" and (tool != "benchmark_model" or accelerator == "cpu"):
@@ -137,15 +138,8 @@ class _Setup:
         return adb.Phone(adb.Address.parse(device), self.keys, self.folder, self.authorise_s)
 
 
-def _choice(given: dict[str, str], name: str, choices: Sequence[str]) -> str:
-    value = given.get(name, choices[0])
-    if value not in choices:
-        raise InvalidInput(f"{value!r} is no {name}", field=f"settings.{name}", remedy=f"one of {', '.join(choices)}")
-    return value
-
-
 def _flag(given: dict[str, str], name: str, default: bool) -> bool:
-    return _choice({name: given.get(name, str(default).lower())}, name, ("true", "false")) == "true"
+    return choice({name: given.get(name, str(default).lower())}, name, ("true", "false")) == "true"
 
 
 def _number(given: dict[str, str], name: str, default: float) -> float:

@@ -18,12 +18,12 @@ from device_agents.xnnpack import attribute
 from lut_db.canary import canary
 from lut_db.errors import InvalidInput
 from lut_db.lowering.tflite import ModelOperator, model_operators, to_tflite
+from lut_db.lowering.torch import to_torch
 from lut_db.lowering.weights import made_up
 from lut_db.networks import Network
 from lut_db.operators import KINDS, Operator
 from lut_db.plans import Plan
 from search_client import networks
-from search_client.sliced import reference
 
 LOADS = settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -43,7 +43,7 @@ def test_it_computes_what_the_reference_does(backend: backends.Backend, kind: st
         random = np.random.default_rng(1)
         inputs = [random.standard_normal(shape, dtype=np.float32) for shape in network.inputs]
         with torch.inference_mode():
-            expected = reference(network, weights)(*map(torch.from_numpy, inputs))
+            expected = to_torch(network, weights)(*map(torch.from_numpy, inputs))
         (found,) = backend.compute(network, weights, inputs)
         np.testing.assert_allclose(found, expected.numpy(), atol=1e-4, rtol=1e-4)
 

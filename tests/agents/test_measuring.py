@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gpus import gpu_backend
 from phones import RunningPhone
 from phones import phone as running_phone
 
 from device_agents import backends
-from device_agents.backends import Options, Unsupported
+from device_agents.backends import Options, Unprofiled, Unsupported
 from device_agents.measuring import measure
 from lut_db.canary import canary
 from lut_db.errors import InvalidInput
@@ -94,17 +95,21 @@ def phone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningPho
     params=[(name, settings) for name in backends.names() for settings in VARIANTS.get(name, ({},))],
     ids=lambda variant: "-".join((variant[0], *variant[1].values())),
 )
-def backend(request: pytest.FixtureRequest) -> backends.Backend:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
+    """Each backend; those that need a GPU are skipped, with what is lacking, where there is none."""
     name, settings = request.param
     if name == "android":
         running, keys = request.getfixturevalue("phone")
         settings = {**settings, "devices": running.serial, "keys": str(keys)}
-    return backends.create(name, Options(settings=settings))
+    return gpu_backend(name, settings, monkeypatch)
 
 
 def light(backend: backends.Backend, **fields) -> Plan:
-    """A plan of few runs; where every start of a tool is dear, and its timer coarse, of one round of more."""
-    return Plan(**{**LIGHT, **({} if backend.burst else dict.fromkeys(ALL_RUNS, 30)), **fields})
+    """A plan of few runs; where every start of a tool is dear, and its timer coarse, of one round of more; in context
+    where nodes have times."""
+    rounds = {} if backend.burst else dict.fromkeys(ALL_RUNS, 30)
+    context = {"context": "isolated"} if isinstance(backend, Unprofiled) else {}
+    return Plan(**{**LIGHT, **rounds, **context, **fields})
 
 
 def lease(backend: backends.Backend, plan: Plan, **fields) -> Lease:
@@ -117,6 +122,11 @@ def test_every_kind_is_measured(backend: backends.Backend, context: str) -> None
     plan = light(backend, context=context, carriers=2 if backend.burst else 1)
     report = measure(backend, lease(backend, plan, operators=ONE_OF_EACH))
     assert [m.key for m in report.measurements] == [operator.key for operator in ONE_OF_EACH]
+    if isinstance(backend, Unprofiled) and context == "in_context":
+        whys = {(m.failure.cause, m.failure.message) for m in report.measurements if m.failure}
+        assert whys == {("unsupported", backend.unprofiled)}
+        assert all(m.failure for m in report.measurements)
+        return
     for operator, measurement in zip(ONE_OF_EACH, report.measurements, strict=True):
         assert measurement.failure is None, (operator, measurement.failure)
         assert (measurement.latency_ms or 0) > 0
@@ -141,6 +151,8 @@ def test_whole_networks_are_measured(backend: backends.Backend) -> None:
 
 
 def test_known_operators_show_drift(backend: backends.Backend) -> None:
+    if isinstance(backend, Unprofiled):
+        pytest.skip(f"there are no carriers to fill up: {backend.unprofiled}")
     wanted, filler = ONE_OF_EACH[0], ONE_OF_EACH[4]
     plan = light(backend, carriers=3)
     asked = lease(backend, plan, operators=(wanted,), fillers=(filler,), known_ms={filler.key: 1e-6})
@@ -152,6 +164,8 @@ def test_known_operators_show_drift(backend: backends.Backend) -> None:
 def test_a_busy_machine_is_refused(backend: backends.Backend) -> None:
     if backend.burst is None:
         pytest.skip("what else runs on a phone is not known; its heat and its canary are")
+    if backend.target().runtime == "torch":
+        pytest.skip("the host has no part in a graph that is replayed on a GPU")
     plan = light(backend, load_tolerance=1e-9, max_runs=40, min_runs=40)
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         try:
@@ -189,6 +203,10 @@ def test_what_does_not_load_is_a_failure_and_the_rest_is_measured(
 
 
 def test_a_profile_adds_up_over_the_nodes(backend: backends.Backend) -> None:
+    if isinstance(backend, Unprofiled):
+        with pytest.raises(Unsupported, match="profile"):
+            backend.load(canary(), profile=True)
+        return
     loaded = backend.load(canary(), profile=True)
     told = len(loaded.time(4))
     assert told == 4 or (told == 1 and backend.burst is None)

@@ -19,12 +19,12 @@ import lut_db.lowering
 from lut_db.canary import canary
 from lut_db.errors import InvalidInput
 from lut_db.lowering import onnx, tflite
+from lut_db.lowering.torch import to_torch
 from lut_db.lowering.weights import Weights, made_up
 from lut_db.networks import Network, NetworkBuilder
 from lut_db.operators import KINDS, Convolution, Operator
 from search_client import networks
 from search_client.architecture import Architecture
-from search_client.sliced import reference
 
 Arrays = Sequence[np.ndarray]
 
@@ -52,12 +52,30 @@ def run_tflite(resolver: OpResolverType) -> Callable[[Network, Weights, Arrays],
     return run
 
 
+def run_torch_channels_last(network: Network, weights: Weights, inputs: Arrays) -> Arrays:
+    """Other kernels than the reference's, and other strides of every tensor."""
+    module = to_torch(network, weights)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's overloads leave it out
+    given = [torch.from_numpy(values) for values in inputs]
+    laid_out = [x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in given]
+    with torch.inference_mode():
+        return [output.numpy() for output in module.run(laid_out)]
+
+
+def torch_weights(*arguments: object, **options: object) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in to_torch(*arguments, **options).state_dict().items()}
+
+
 RUNTIMES: dict[str, Callable[[Network, Weights, Arrays], Arrays]] = {
     "onnx in ONNX Runtime": run_onnx,
     "tflite in LiteRT with XNNPACK": run_tflite(OpResolverType.BUILTIN),
     "tflite in LiteRT": run_tflite(OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES),
+    "torch with channels last": run_torch_channels_last,
 }
-LOWERINGS: dict[str, Callable[..., object]] = {"onnx": onnx.to_onnx, "tflite": tflite.to_tflite}
+LOWERINGS: dict[str, Callable[..., object]] = {
+    "onnx": onnx.to_onnx, "tflite": tflite.to_tflite, "torch": torch_weights,
+}  # fmt: skip
+"""What each format says of a network, in a form that can be compared."""
 
 
 def agree(runtime: str, network: Network, seed: int) -> None:
@@ -65,7 +83,7 @@ def agree(runtime: str, network: Network, seed: int) -> None:
     rng = np.random.default_rng(seed)
     inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in network.inputs]
     with torch.inference_mode():
-        expected = reference(network, weights)(*map(torch.from_numpy, inputs))
+        expected = to_torch(network, weights)(*map(torch.from_numpy, inputs))
     outputs = [expected] if isinstance(expected, torch.Tensor) else list(expected)
     found = RUNTIMES[runtime](network, weights, inputs)
     for got, want, tensor in zip(found, outputs, network.output_tensors, strict=True):
