@@ -14,7 +14,7 @@ from phones import phone as running_phone
 from test_measuring import ONE_OF_EACH, lease, light
 
 from device_agents import adb, backends
-from device_agents.backends import Backend, Options, Unreachable, Unsupported, android
+from device_agents.backends import Backend, LoadFailed, Options, Unreachable, Unsupported, android
 from device_agents.bench import bench_file
 from device_agents.benchmark_tools import ToolFailed
 from device_agents.child import Job
@@ -223,8 +223,14 @@ def test_runs_that_go_wrong(make, simulated: RunningPhone, tool: str) -> None:  
     with pytest.raises(ToolFailed, match="signal 11"):
         loaded.time(3)
     simulated.control.fault("fail-run")
+    backend.load(small(), profile=False)
+    simulated.control.fault("fail-run", times=2)
     with pytest.raises(Unsupported, match="exit code"):
         backend.load(small(), profile=False)
+    simulated.control.fault("crash-run", times=2)
+    with pytest.raises(LoadFailed, match="signal 11") as crashed:
+        backend.load(small(), profile=False)
+    assert crashed.value.cause == "crashed"
     simulated.control.fault("drop-run")
     with pytest.raises(Unreachable):
         loaded.time(3)
@@ -278,8 +284,9 @@ def test_storage_that_is_full(make, simulated: RunningPhone) -> None:  # type: i
     backend = make()
     backend.phone.run(f"rm -rf {adb.FOLDER}")
     simulated.control.fault("no-space", after=100)
-    with pytest.raises(Unreachable, match="no space"):
+    with pytest.raises(LoadFailed, match="no space") as full:
         backend.load(small("hard_swish"), profile=False)
+    assert full.value.cause == "out_of_memory"
     backend.load(small("hard_swish"), profile=False)
 
 
