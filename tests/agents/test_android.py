@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -142,6 +144,19 @@ def test_models_are_pushed_once(make, simulated: RunningPhone) -> None:  # type:
     make().load(network, profile=True)
     make().load(network, profile=False)
     assert len(history(simulated, "push")) == before
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_files_on_a_phone_are_called_by_their_hashes(make, simulated: RunningPhone, tool: str) -> None:  # type: ignore[no-untyped-def]
+    backend = make(tool=tool)
+    before = len(history(simulated, "push"))
+    measure(backend, lease(backend, light(backend, carriers=2), operators=ONE_OF_EACH[5:9]))
+    pushed = history(simulated, "push")[before:]
+    assert pushed
+    for line in pushed:
+        assert re.fullmatch(rf"push {adb.FOLDER}/models/\.[0-9a-f]{{64}}\.(tflite|onnx)\.part", line), line
+    for path in (simulated.root / adb.FOLDER[1:] / "models").iterdir():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
 
 
 def test_samples_are_raw_where_the_tool_tells_them(make) -> None:  # type: ignore[no-untyped-def]
