@@ -46,6 +46,8 @@ IMAGE_CHANNELS = 8
 """Channels of a carrier's input: enough for a runtime's blocked layout, so that the first adapter is ordinary. Also
 the features of its tokens."""
 
+ADAPTER_PARAMETERS = 1 << 24
+"""Weights at most of the adapter that leads from a carrier's input to vectors."""
 ROOM_PARAMETERS = 1 << 28
 ROOM_ACTIVATIONS = 1 << 30
 """Weights and elements in all beyond which a carrier takes nothing more (1 and 4 GiB of float32): operators that may
@@ -247,7 +249,9 @@ def _image(shape: Shape) -> Shape:
     """The input of a carrier from which an adapter leads to a shape."""
     if len(shape) == 4:
         return (shape[0], _few(shape), *shape[2:])
-    return (*shape[:2], _few(shape)) if len(shape) == 3 else shape
+    if len(shape) == 3:
+        return (*shape[:2], _few(shape))
+    return (shape[0], min(shape[1], max(1, ADAPTER_PARAMETERS // shape[1])))
 
 
 class _Walk:
