@@ -41,7 +41,7 @@ OPERATORS_AT_A_TIME = 2
 # Slow phones wait more than they compute, so that what else runs here disturbs their figures little. They cool fast.
 PHONE = ("--speed", "4", "--heat-seconds", "1.5", "--heat", "1")
 PLAN = Plan(**{**LIGHT, "context": "isolated", "round_runs": 4})
-AGREES = 12.0
+AGREES = 8.0
 """A figure may differ from an undisturbed phone's by this factor on a machine that does much else. Nonsense differs by
 more: the tools print microseconds, so seconds for milliseconds is a thousand."""
 SERVICE = {"PROFILER_LEASE_S": "6", "PROFILER_REFUSAL_PAUSE_S": "0.5", "PROFILER_REFERENCE_OPERATORS": "0"}
@@ -213,7 +213,7 @@ class Storm:
     def check_figures(self) -> dict[str, tuple[float, float]]:
         """Latencies agree with those of a phone that nothing happened to. Returns how well, as factors, by tool."""
         healthy = [operator for operator in self.operators if operator.key not in self.hopeless]
-        sampled = healthy[:: max(1, len(healthy) // 4)]
+        sampled = healthy[:: max(1, len(healthy) // 3)]
         factors = {}
         with running_phone(*PHONE) as calm:
             for tool, target in self.targets.items():
@@ -239,7 +239,6 @@ class Storm:
     def check_phones(self) -> None:
         """Nothing of ours runs on a phone, and nothing lies there but tools, and models under their own hashes."""
         for tool, agent in self.agents.items():
-            agent.send_signal(signal.SIGTERM)
             assert agent.wait() == 0
             for phone in self.phones[tool]:
                 left = processes_on(phone)
@@ -316,6 +315,8 @@ def weather(storm: Storm, kinds: list[str]) -> dict[str, Any]:
     storm.check_service()
     storm.check_rows()
     leases = storm.lab.leases()
+    for agent in storm.agents.values():
+        agent.send_signal(signal.SIGTERM)  # it ends when the service has answered what it asks
     factors = storm.check_figures()
     storm.check_phones()
     return {
@@ -326,11 +327,10 @@ def weather(storm: Storm, kinds: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("tool", TOOLS)
-def test_a_shower(storm: Callable[..., Storm], tool: str) -> None:
-    kinds = KINDS[: len(KINDS) // 2] if tool == TOOLS[0] else KINDS[len(KINDS) // 2 :]
-    figures = weather(storm((tool,), 10), [kind for kind in kinds if kind != "kill-server"])
-    assert len(figures["struck"]) >= 4, figures
+def test_a_shower(storm: Callable[..., Storm]) -> None:
+    figures = weather(storm(TOOLS, 8), [kind for kind in KINDS if kind != "kill-server"])
+    assert figures["leases"] >= 10
+    assert len(figures["struck"]) >= 5, figures
 
 
 @pytest.mark.campaign
