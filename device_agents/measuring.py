@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_agents import energy
-from device_agents.backends import Backend, Loaded, NodeTimes, Unprofiled, Unreachable, Unsupported
+from device_agents.backends import Backend, Loaded, LoadFailed, NodeTimes, Unprofiled, Unreachable, Unsupported
 from device_agents.packing import pack
 from device_agents.sampling import Z95, Timed, chosen, half_width, sample, statistic
 from lut_db.canary import canary
@@ -72,7 +72,11 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     keys = [record.key for record in (*lease.operators, *lease.networks)]
     failures: dict[str, Failure] = {}
     began = time.perf_counter()
-    canaries = load_canaries(backend)
+    try:
+        canaries = load_canaries(backend)
+    except (Unsupported, LoadFailed) as error:
+        # A device on which not even the canary runs says nothing of any operator.
+        raise Unreachable(f"the canary does not run on it: {error}") from error
     graphs = _load(backend, lease, failures, progress)
     # Profiled carriers have a twin without a profiler, which shows what profiling itself costs.
     profiled = [graph for graph in graphs if graph.places]
@@ -167,10 +171,11 @@ def _load(
         key = owners.get(network.key, network.key)
         try:
             graphs.append(_Graph(network, backend.load(network, profile=bool(places)), places, key))
-        except Unsupported as error:
+        except (Unsupported, LoadFailed) as error:
             # In a carrier any of its operators may be at fault: each is tried again alone before it is given up.
             alone = len(set(places.values())) <= 1
-            failure = Failure(cause="unsupported" if alone else "error", message=str(error)[:MESSAGE_LENGTH])
+            cause = error.cause if isinstance(error, LoadFailed) else "unsupported" if alone else "error"
+            failure = Failure(cause=cause, message=str(error)[:MESSAGE_LENGTH])
             failures.update(dict.fromkeys(places.values() if places else [key], failure))
     gc.collect()
     return graphs

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from lut_db.errors import InvalidInput, LatencyLabError
 from lut_db.lowering.weights import Weights
-from lut_db.measurements import Evidence, Failure
+from lut_db.measurements import Cause, Evidence, Failure
 from lut_db.networks import Network
 from lut_db.plans import Plan
 from lut_db.targets import Target
@@ -35,6 +35,14 @@ EXTRAS = {"torch": "cuda"}
 
 class Unsupported(Exception):
     """The runtime cannot run this graph, now or later; the message says what of it."""
+
+
+class LoadFailed(LatencyLabError):
+    """This graph could not be made to run this time: its runtime crashed on it, or it did not fit. Others may run."""
+
+    def __init__(self, cause: Cause, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class Unreachable(LatencyLabError):
@@ -102,8 +110,8 @@ class Backend(Protocol):
     def load(self, model: Network | Path, *, profile: bool) -> Loaded:
         """Makes a network with made-up weights, or a model in a file, ready to run, in a fresh session.
 
-        Only networks can be profiled. Raises Unsupported where the runtime refuses the graph, and Unreachable where
-        the device is gone.
+        Only networks can be profiled. Raises Unsupported where the runtime refuses the graph, LoadFailed where the
+        graph, and nothing else, failed for now, and Unreachable where the device is gone.
         """
 
     def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:

@@ -31,7 +31,7 @@ import onnx
 from numpy.typing import NDArray
 
 from device_agents import adb, benchmark_tools, ort_profile, xnnpack
-from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unreachable, Unsupported
+from device_agents.backends import Backend, Check, Loaded, LoadFailed, NodeTimes, Options, Unreachable, Unsupported
 from device_agents.benchmark_tools import NotDelegated, Row, ToolFailed
 from device_agents.settings import choice
 from lut_db.errors import InvalidInput
@@ -440,22 +440,28 @@ class Android:
         if profile and self.setup.accelerator == "gpu":
             raise Unsupported("the GPU delegate runs a graph as one: its operators can only be measured isolated")
         content: bytes | Path = self.tool.lower(model) if isinstance(model, Network) else model
-        path = self.phone.put(content, self.tool.suffix)
         profiled = None
         if profile:
             assert isinstance(model, Network), "only networks can be profiled"
             profiled = _Profiled(model, self.tool.lower(model) if isinstance(content, Path) else content)
         try:
+            path = self.phone.put(content, self.tool.suffix)
             first = self.start(path, 1, profiled, self.setup.timeout_s)
         except (NotDelegated, _Refused) as error:
             raise Unsupported(str(error)) from error
+        except ToolFailed as error:
+            raise LoadFailed("crashed", str(error)) from error
+        except adb.TimedOut as error:
+            raise LoadFailed("timed_out", str(error)) from error
+        except adb.NoSpace as error:  # the phone had space when the lease began: this is too large, or came last
+            raise LoadFailed("out_of_memory", str(error)) from error
         return _Model(self, path, profiled, first.latencies_ms[0])
 
     def start(self, path: str, runs: int, profiled: _Profiled | None, limit_s: float) -> _Start:
-        """Starts the tool, and once more where it crashed or said what makes no sense."""
+        """Starts the tool, and once more where it failed, crashed or said what makes no sense."""
         try:
             return self.tool.start(path, runs, profiled, limit_s)
-        except (NotDelegated, _Refused):
+        except NotDelegated:
             raise
         except ToolFailed as error:
             log.warning("%s: %s; once more", self.phone.address, error.message.partition(";")[0])

@@ -14,7 +14,7 @@ from phones import RunningPhone
 from phones import phone as running_phone
 
 from device_agents import backends
-from device_agents.backends import Options, Unprofiled, Unsupported
+from device_agents.backends import LoadFailed, Options, Unprofiled, Unsupported
 from device_agents.measuring import measure
 from lut_db.canary import canary
 from lut_db.errors import InvalidInput
@@ -200,6 +200,38 @@ def test_what_does_not_load_is_a_failure_and_the_rest_is_measured(
     assert report.measurements[0].failure is not None
     assert report.measurements[0].failure.cause == "unsupported"
     assert report.measurements[1].latency_ms is not None
+
+
+def test_what_crashes_its_runtime_is_a_failure_and_the_rest_is_measured(
+    backend: backends.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = ONE_OF_EACH[0], ONE_OF_EACH[4]
+    load = backend.load
+
+    def crashing(network: Network, *, profile: bool) -> backends.Loaded:
+        if bad in network.operators:
+            raise LoadFailed("crashed", "signal 11")
+        return load(network, profile=profile)
+
+    monkeypatch.setattr(backend, "load", crashing)
+    plan = light(backend, context="isolated", carriers=1)
+    report = measure(backend, lease(backend, plan, operators=(bad, good)))
+    assert report.measurements[0].failure is not None
+    assert report.measurements[0].failure.cause == "crashed"
+    assert report.measurements[1].latency_ms is not None
+
+
+@pytest.mark.parametrize("error", [Unsupported("no such thing"), LoadFailed("crashed", "signal 11")])
+def test_a_device_that_cannot_run_the_canary_says_nothing_of_operators(
+    backend: backends.Backend, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(network: Network, *, profile: bool) -> backends.Loaded:
+        raise error
+
+    monkeypatch.setattr(backend, "load", broken)
+    report = measure(backend, lease(backend, light(backend), operators=ONE_OF_EACH[:2]))
+    assert [m.failure.cause for m in report.measurements if m.failure] == ["unreachable"] * 2
+    assert report.canary_ms is None
 
 
 def test_a_profile_adds_up_over_the_nodes(backend: backends.Backend) -> None:
