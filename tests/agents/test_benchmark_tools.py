@@ -9,8 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from device_agents.benchmark_tools import (
+    BenchmarkRun,
     NotDelegated,
     Row,
+    Statistics,
     ToolFailed,
     parse_benchmark,
     parse_events,
@@ -271,6 +273,17 @@ def test_anything_unexpected_is_refused_and_kept(change: tuple[str, str], why: s
 def test_faster_than_the_tick() -> None:
     with pytest.raises(ToolFailed, match="tick"):
         parse_benchmark(OLDEST.replace("curr=178", "curr=0").replace("stats: 178", "stats: 0"), 1)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "latency_ms"),
+    [
+        (Statistics(6, 0, 2, 0.5, 0.0), 5e-4), (Statistics(6, 1, 60, 14.0, 3.0), 14e-3),
+        (Statistics(6, 9, 60, 20.0, 12.0), 12e-3), (Statistics(6, 9, 60, 20.0, None), 20e-3),
+    ],
+)  # fmt: skip
+def test_a_median_of_few_ticks_is_too_coarse(statistics: Statistics, latency_ms: float) -> None:
+    assert BenchmarkRun(statistics, (), ()).latency_ms == pytest.approx(latency_ms)
 
 
 @pytest.mark.parametrize(
