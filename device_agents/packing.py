@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 
@@ -155,9 +155,7 @@ class _Packer:
         walk = _Walk(self.rng)
         left = dict(self.quota)
         unused = {piece.key: piece for piece in self.pieces}
-        current = walk.enter(
-            start.operator, {p.reads for p in self.pieces if p.level == start.level and _is_image(p.reads)}
-        )
+        current = walk.enter(start.operator)
         found: tuple[_Piece, int] | None = (start, current)
         # Where the walk last was before it went on to another size: others go on from there too, into dead ends.
         fork: int | None = None
@@ -364,19 +362,17 @@ class _Walk:
     def shape(self, tensor: int) -> Shape:
         return self.build.shape(tensor)
 
-    def enter(self, operator: Operator, images: Iterable[Shape]) -> int:
-        """The carrier's inputs, adapted to those of its first operator; returns the first of them. Beside them are the
-        images that other operators read."""
+    def enter(self, operator: Operator) -> int:
+        """The carrier's inputs, adapted to those of its first operator; returns the first of them."""
+        self.inputs = len(operator.inputs)
         sources = [self.build.input(shape if _is_image(shape) else _image(shape)) for shape in operator.inputs]
-        self.images = {shape: self.build.input(shape) for shape in sorted({*images} - {*operator.inputs})}
-        self.inputs = len(sources) + len(self.images)
+        self.images = {
+            shape: source for shape, source in zip(operator.inputs, sources, strict=True) if _is_image(shape)
+        }
         read = [
-            source if _is_image(shape) else self.adapt(source, shape, operator)
+            self._keep(source) if _is_image(shape) else self.adapt(source, shape, operator)
             for source, shape in zip(sources, operator.inputs, strict=True)
         ]
-        self.images.update(
-            {shape: source for source, shape in zip(sources, operator.inputs, strict=True) if _is_image(shape)}
-        )
         return read[0]
 
     def _keep(self, tensor: int) -> int:
