@@ -263,17 +263,34 @@ def _fit(networks: Networks, model: Model) -> Coefficients:
 
 
 def _bounded(gram: Array, right: Array, lower: Array, upper: Array) -> Array:
-    """The minimum of `x G x / 2 - r x` within bounds, by coordinate descent from the clipped free solution."""
+    """The minimum of `x G x / 2 - r x` within bounds, G positive definite: by an active set, one bound at a time; by
+    coordinate descent should that not settle."""
     gram = gram + np.eye(len(right)) * 1e-10 * max(float(np.trace(gram)), 1e-12)
-    x: Array = np.asarray(np.linalg.solve(gram, right), dtype=np.float64)
-    if (x >= lower).all() and (x <= upper).all():
-        return x
+    held: dict[int, float] = {}
+    x: Array = np.zeros_like(right)
+    for _ in range(4 * len(right)):
+        free = [i for i in range(len(right)) if i not in held]
+        for i, value in held.items():
+            x[i] = value
+        if free:
+            rest = right[free] - sum(gram[free, i] * value for i, value in held.items())
+            x[free] = np.linalg.solve(gram[np.ix_(free, free)], rest)
+        beyond = np.maximum(lower - x, x - upper)
+        worst = int(np.argmax(beyond))
+        if beyond[worst] > 0:
+            held[worst] = float(lower[worst] if x[worst] < lower[worst] else upper[worst])
+            continue
+        slope = gram @ x - right
+        gains = {i: -slope[i] if value == lower[i] else slope[i] for i, value in held.items()}
+        best = max(gains, key=gains.__getitem__, default=None)
+        if best is None or gains[best] <= 1e-12:
+            return x
+        del held[best]
     x = np.clip(x, lower, upper)
     for _ in range(500):
         moved = 0.0
         for i in range(len(x)):
-            value = x[i] + (right[i] - gram[i] @ x) / gram[i, i]
-            value = min(max(value, lower[i]), upper[i])
+            value = min(max(x[i] + (right[i] - gram[i] @ x) / gram[i, i], lower[i]), upper[i])
             moved = max(moved, abs(value - x[i]))
             x[i] = value
         if moved < 1e-10:
