@@ -17,7 +17,7 @@ import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +27,7 @@ from lut_db.lowering.weights import Weights
 from lut_db.measurements import Evidence, Failure
 from lut_db.networks import Network
 from lut_db.plans import Plan
-from lut_db.targets import Target
+from lut_db.targets import Precision, Target
 
 
 class Unsupported(Exception):
@@ -45,6 +45,15 @@ class Options:
     threads: int = 1
     cores: tuple[int, ...] = ()
     settings: dict[str, str] = field(default_factory=dict)
+
+
+def chosen_precision(settings: dict[str, str]) -> Precision:
+    """The setting `precision`. Raises InvalidInput for what is none; whether it can be had a backend knows."""
+    precision = settings.get("precision", "fp32")
+    if precision not in get_args(Precision):
+        known = ", ".join(get_args(Precision))
+        raise InvalidInput(f"{precision!r} is no precision", field="settings.precision", remedy=f"one of {known}")
+    return cast(Precision, precision)
 
 
 @dataclass(frozen=True)
@@ -104,7 +113,8 @@ class Backend(Protocol):
         """
 
     def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
-        """The network's outputs, to compare with the reference. Raises NotImplementedError where no tool tells."""
+        """The network's outputs, to compare with the reference; in int8 with ranges of these inputs. Raises
+        NotImplementedError where no tool tells."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from lut_db.lowering.int8 import Samples, made_up_samples
+from lut_db.lowering.qdq import quantized
 from lut_db.lowering.weights import Array, Weights, checked, made_up
 from lut_db.networks import Network
 from lut_db.operators import (
@@ -33,6 +35,7 @@ from lut_db.operators import (
     TransposedConvolution,
     Upsample,
 )
+from lut_db.targets import Precision
 
 OPSET = 20
 IR_VERSION = 9
@@ -303,10 +306,15 @@ _LOWERINGS: dict[type[BaseOperator], Callable[[_Emitter, Any, Sequence[str]], No
 }
 
 
-def to_onnx(network: Network, weights: Weights | None = None, seed: int = 0) -> onnx.ModelProto:
-    """The network as an ONNX model, checked; inputs `t0`, `t1`, …, outputs named after their tensors.
+def to_onnx(
+    network: Network, weights: Weights | None = None, seed: int = 0, precision: Precision = "fp32",
+    samples: Samples | None = None,
+) -> onnx.ModelProto:  # fmt: skip
+    """The network as an ONNX model, checked; inputs `t0`, `t1`, …, outputs named after their tensors, all float32.
 
-    Without `weights` they are made up from `seed`. Raises InvalidInput where weights do not fit the network.
+    Without `weights` they are made up from `seed`. In int8 (`lut_db.lowering.qdq`) the ranges of activations are those
+    on the inputs `samples`, made up too where there are none; it takes ONNX Runtime. In fp16 runtimes calculate by
+    themselves, from a model like that of fp32. Raises InvalidInput where weights do not fit the network.
     """
     weights = made_up(network, seed) if weights is None else checked(network, weights)
     nodes: list[onnx.NodeProto] = []
@@ -330,5 +338,7 @@ def to_onnx(network: Network, weights: Weights | None = None, seed: int = 0) -> 
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="latency-lab"
     )
+    if precision == "int8":
+        model = quantized(model, samples or made_up_samples(network))
     onnx.checker.check_model(model)
     return model

@@ -78,7 +78,10 @@ CALM = {"load_tolerance": 64.0, "drift_tolerance": 50.0}
 LIGHT = {"warmup_runs": 1, "round_runs": 2, "min_runs": 6, "max_runs": 6, **CALM}
 
 
-VARIANTS = {"android": ({"tool": "benchmark_model"}, {"tool": "onnxruntime_perf_test"})}
+VARIANTS: dict[str, tuple[dict[str, str], ...]] = {
+    "cpu-onnxruntime": ({}, {"precision": "int8"}),
+    "android": ({"tool": "benchmark_model"}, {"tool": "onnxruntime_perf_test"}),
+}
 """Settings to try a backend with; it is tried as it is where none are named."""
 
 

@@ -2,8 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from operators_at_random import ANY
+
+from device_agents.packing import pack
 from lut_db.canary import canary
 from lut_db.lowering.onnx import node_number, to_onnx
+from lut_db.lowering.qdq import FLOATING
+from lut_db.networks import Network, NetworkBuilder
+from lut_db.operators import Activate, Convolution, Operator, SqueezeExcite, Upsample, same_padding
+
+CONVERSIONS = {"QuantizeLinear", "DequantizeLinear"}
+ON_FLOAT = FLOATING | CONVERSIONS | {"Pad", "Relu", "Clip"}
+"""What may run on float32 in int8: what has no kernel, and clamps that stand alone."""
+ON_INT8 = {"Reshape", "Transpose", "Slice", "Flatten", "MaxPool", "Resize"}
+"""What moves values, of any type."""
+
+
+def optimized(network: Network, folder: Path) -> onnx.GraphProto:
+    """The graph in int8 as ONNX Runtime runs it."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(folder / "optimized.onnx")
+    onnxruntime.InferenceSession(
+        to_onnx(network, precision="int8").SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return onnx.load(options.optimized_model_filepath).graph
 
 
 def test_every_node_says_which_operator_it_belongs_to() -> None:
@@ -11,3 +41,45 @@ def test_every_node_says_which_operator_it_belongs_to() -> None:
     numbers = [node_number(node.name) for node in model.graph.node]
     assert None not in numbers
     assert sorted(set(numbers)) == list(range(len(canary().nodes)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("optimized")
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(operators=st.lists(ANY, min_size=1, max_size=8, unique_by=lambda operator: operator.key))
+def test_whatever_has_an_int8_kernel_runs_in_it(folder: Path, operators: list[Operator]) -> None:
+    for carrier in pack(operators, [], 1, 8, 0):
+        kinds = {node.op_type for node in optimized(carrier.network, folder).node}
+        assert {kind for kind in kinds if not kind.startswith(("QLinear", "QGemm"))} <= ON_FLOAT | ON_INT8
+
+
+def test_a_network_is_converted_at_its_border_and_around_what_has_no_kernel(folder: Path) -> None:
+    graph = optimized(canary(), folder)
+    kinds = {output: node.op_type for node in graph.node for output in node.output}
+    quantizers = [node for node in graph.node if node.op_type == "QuantizeLinear"]
+    dequantizers = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+    assert {kinds.get(node.input[0], "input") for node in quantizers} == {"input", "HardSigmoid"}
+    readers = {name: node.op_type for node in graph.node for name in node.input}
+    assert {readers.get(node.output[0], "output") for node in dequantizers} == {"output", "HardSigmoid"}
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu6"])
+def test_a_clamp_that_stands_alone_is_not_left_out(folder: Path, activation: str) -> None:
+    """Even where nothing below zero comes: what is behind it would seem to take no time."""
+    build = NetworkBuilder()
+    tensor = build.input((1, 8, 12, 12))
+    for operator in (
+        Convolution(input=(1, 8, 12, 12), filters=8, kernel=(3, 3), padding=same_padding(3), activation="relu"),
+        SqueezeExcite(input=(1, 8, 12, 12), squeeze=4),
+        Upsample(input=(1, 8, 12, 12), scale=2),
+        Activate(input=(1, 8, 24, 24), activation=activation),
+        Convolution(input=(1, 8, 24, 24), filters=8, kernel=(1, 1)),
+    ):
+        tensor = build.add(operator, tensor)
+    graph = optimized(build.network(), folder)
+    assert [node.op_type for node in graph.node if node.name.startswith("n3/") and node.op_type not in CONVERSIONS] == [
+        "Relu" if activation == "relu" else "Clip"
+    ]
