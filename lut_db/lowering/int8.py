@@ -1,4 +1,4 @@
-"""Arithmetic of int8: real = scale · (quantized − zero). Activations have one scale, weights one for each filter.
+"""Arithmetic of int8: real = scale · (quantized − zero). Activations have one scale, weights one for each filter or one.
 
 Weights are symmetric in [-127, 127], biases are int32 at the scale of the products. Both as ONNX Runtime and TFLite's
 quantisation specification want them.
@@ -23,7 +23,9 @@ LEVELS = 255
 LARGEST_WEIGHT = 127
 LARGEST_BIAS = float(1 << 30)
 SMALLEST_SCALE = 1e-30
-"""A tensor that is zero everywhere has a scale too; products of two of these still are normal numbers."""
+"""Products of two of these still are normal numbers."""
+FINEST = 1 / 128
+"""Of the step that an operator calculates in: no output has finer steps, which would be noise, and which kernels refuse."""
 
 Samples = Sequence[Sequence[NDArray[np.float32]]]
 """Inputs of a network, `(N, C, H, W)` and so on, for several runs."""
@@ -59,9 +61,14 @@ class Affine:
     def of(cls, found: Range, dtype: Any) -> Affine:
         low, high = found
         lowest = int(np.iinfo(dtype).min)
-        scale = np.float32(max((high - low) / LEVELS, SMALLEST_SCALE))
+        # What is zero everywhere gets an ordinary scale: kernels refuse those that differ by much.
+        scale = np.float32(max((high - low or 1.0) / LEVELS, SMALLEST_SCALE))
         zero = int(np.clip(round(lowest - low / float(scale)), lowest, lowest + LEVELS))
         return cls(scale, zero, dtype)
+
+    def not_finer(self, step: float) -> Affine:
+        """With a scale of at least `FINEST` of this step."""
+        return Affine(max(self.scale, np.float32(step * FINEST)), self.zero, self.dtype)
 
     def quantize(self, values: NDArray) -> NDArray:
         bounds = np.iinfo(self.dtype)
@@ -70,7 +77,7 @@ class Affine:
 
 @dataclass(frozen=True)
 class Filters:
-    """Weights of int8 with one scale for each filter, and a bias of int32."""
+    """Weights of int8 with a scale for each filter, and a bias of int32; `axis` of the weights counts filters."""
 
     weight: NDArray[np.int8]
     scales: NDArray[np.float32]
@@ -78,13 +85,18 @@ class Filters:
     bias_scales: NDArray[np.float32]
 
     @classmethod
-    def of(cls, weight: NDArray, bias: NDArray | None, axis: int, input_scale: np.float32) -> Filters:
-        """`axis` of the weights counts filters. A bias that int32 does not hold makes its filter's scale larger."""
+    def of(
+        cls, weight: NDArray, bias: NDArray | None, axis: int, input_scale: np.float32, *, alike: bool = False
+    ) -> Filters:
+        """`alike`: one scale for all. A bias that int32 does not hold makes its filter's scale larger."""
         others = tuple(other for other in range(weight.ndim) if other != axis)
-        scales = np.abs(weight).max(axis=others) / LARGEST_WEIGHT
+        largest = np.abs(weight).max(axis=others)
+        scales = np.where(largest > 0, largest, 1.0) / LARGEST_WEIGHT
         values = np.zeros(weight.shape[axis]) if bias is None else np.asarray(bias, np.float64)
         scales = np.maximum(scales, np.abs(values) / LARGEST_BIAS / float(input_scale))
         scales = np.maximum(scales, SMALLEST_SCALE / min(float(input_scale), 1.0)).astype(np.float32)
+        if alike:
+            scales[:] = scales.max()
         along = [1] * weight.ndim
         along[axis] = -1
         quantized = np.clip(np.round(weight / scales.reshape(along)), -LARGEST_WEIGHT, LARGEST_WEIGHT)

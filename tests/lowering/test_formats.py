@@ -30,8 +30,10 @@ from search_client.sliced import reference
 Arrays = Sequence[np.ndarray]
 Run = Callable[[Network, Weights, Arrays, Precision], Arrays]
 
-INT8_ERROR = 0.05
-"""Root mean square of the error of int8 over that of the values; what was seen is 0.01, at the worst 0.03."""
+INT8_ERROR = 0.15
+"""Root mean square of the error of int8 over that of the values, where these nearly cancel each other."""
+INT8_USUAL_ERROR = 0.025
+"""That of most networks: 0.01 is what 8 bits leave."""
 INT8_FLOOR = 1e-3
 """Error of values that are all but zero."""
 
@@ -71,7 +73,8 @@ def rms(values: np.ndarray) -> float:
     return float(np.sqrt(np.square(values, dtype=np.float64).mean()))
 
 
-def agree(runtime: str, network: Network, seed: int, precision: Precision = "fp32") -> None:
+def agree(runtime: str, network: Network, seed: int, precision: Precision = "fp32") -> float:
+    """The error, relative to the values."""
     weights = made_up(network, seed)
     rng = np.random.default_rng(seed)
     inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in network.inputs]
@@ -79,6 +82,7 @@ def agree(runtime: str, network: Network, seed: int, precision: Precision = "fp3
         expected = reference(network, weights)(*map(torch.from_numpy, inputs))
     outputs = [expected] if isinstance(expected, torch.Tensor) else list(expected)
     found = RUNTIMES[runtime](network, weights, inputs, precision)
+    errors = []
     for got, want, tensor in zip(found, outputs, network.output_tensors, strict=True):
         assert got.shape == network.shapes[tensor]
         if precision == "int8":
@@ -86,6 +90,8 @@ def agree(runtime: str, network: Network, seed: int, precision: Precision = "fp3
             assert rms(got - want.numpy()) <= INT8_ERROR * rms(want.numpy()) + INT8_FLOOR
         else:
             np.testing.assert_allclose(got, want.numpy(), atol=1e-4, rtol=1e-4)
+        errors.append(rms(got - want.numpy()) / max(rms(want.numpy()), INT8_FLOOR))
+    return max(errors)
 
 
 def test_every_format_is_run() -> None:
@@ -99,12 +105,15 @@ def test_every_format_is_run() -> None:
 def test_every_kind_agrees_with_the_reference(kind: str, runtime: str, precision: Precision) -> None:
     assert kind in BY_KIND, f"tests/operators_at_random.py has no strategy for the kind {kind!r}"
 
+    errors = []
+
     @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
     @given(operator=BY_KIND[kind], seed=st.integers(0, 1000))
     def check(operator: Operator, seed: int) -> None:
-        agree(runtime, Network.of(operator), seed, precision)
+        errors.append(agree(runtime, Network.of(operator), seed, precision))
 
     check()
+    assert np.median(errors) <= INT8_USUAL_ERROR
 
 
 def sub_network() -> Network:
@@ -122,7 +131,7 @@ def sub_network() -> Network:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_whole_networks_agree_with_the_reference(runtime: str, precision: Precision, network: Network) -> None:
-    agree(runtime, network, 0, precision)
+    assert agree(runtime, network, 0, precision) <= INT8_ERROR
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)

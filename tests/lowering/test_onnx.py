@@ -21,7 +21,7 @@ from lut_db.operators import Activate, Convolution, Operator, SqueezeExcite, Ups
 CONVERSIONS = {"QuantizeLinear", "DequantizeLinear"}
 ON_FLOAT = FLOATING | CONVERSIONS | {"Pad", "Relu", "Clip"}
 """What may run on float32 in int8: what has no kernel, and clamps that stand alone."""
-ON_INT8 = {"Reshape", "Transpose", "Slice", "Flatten", "MaxPool", "Resize"}
+ON_INT8 = {"Reshape", "Transpose", "Slice", "Flatten", "MaxPool", "NhwcMaxPool", "Resize"}
 """What moves values, of any type."""
 
 
