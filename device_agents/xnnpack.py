@@ -78,7 +78,10 @@ def attribute(
         found.append((operator, HALF_US * objects))
         return True
 
-    joined = _joined(operators, own)
+    if fp16 and (wrong := next((name for name in ran if ", F32" in name), None)):
+        raise Unsupported(f"XNNPACK ran {wrong!r} in fp32")
+    tables = _tables(operators, own)
+    joined = _joined(operators, tables)
     last: list[ModelOperator] = []
     for turn in _turns(operators, own):
         if turn[0] in own:
@@ -95,7 +98,7 @@ def attribute(
                 continue
             # A concatenation is one copy for each of its inputs, each rounded.
             objects = len(operator.inputs) if code == "CONCATENATION" else 1
-            names = NAMES.get(code, ()) + (TABLE if _tabled(operator) else ())
+            names = NAMES.get(code, ()) + (TABLE if number in tables else ())
             if not take(names, operator, objects) and not _elided(operator):
                 instead = repr(rest[0]) if rest else "nothing"
                 raise Unsupported(f"the profile has {instead} where operator {number}, {code}, is due")
@@ -132,25 +135,27 @@ def _take_conversions(
     del rest[:count]
 
 
-def _tabled(operator: ModelOperator) -> bool:
-    """Whether it is a function of single elements, which in int8 is a table. Constants are not among the inputs."""
-    return operator.int8 and operator.code in TABLED and len(operator.inputs) == 1
+def _tables(operators: Sequence[ModelOperator], own: Collection[int]) -> dict[int, int]:
+    """Operators on int8 that are functions of one tensor's single elements, with that tensor: XNNPACK has tables for
+    them. Constants are not among the inputs; a sum of a tensor and what was made of it alone is such a function too."""
+    source: dict[int, int] = {}
+    tables: dict[int, int] = {}
+    for number, operator in enumerate(operators):
+        read = {source.get(tensor, tensor) for tensor in operator.inputs}
+        table = operator.int8 and operator.code in TABLED and len(read) == 1 and number not in own
+        if table and (len(operator.inputs) == 1 or any(tensor in source for tensor in operator.inputs)):
+            tables[number] = source[operator.outputs[0]] = read.pop()
+    return tables
 
 
-def _joined(operators: Sequence[ModelOperator], own: Collection[int]) -> set[int]:
+def _joined(operators: Sequence[ModelOperator], tables: Collection[int]) -> set[int]:
     """Operators whose table XNNPACK joins with that of their only reader, at whose place it runs."""
     readers: dict[int, list[int]] = defaultdict(list)
     for number, operator in enumerate(operators):
         for tensor in operator.inputs:
             readers[tensor].append(number)
-    joined = set()
-    for number, operator in enumerate(operators):
-        behind = readers[operator.outputs[0]]
-        if number not in own and _tabled(operator) and len(behind) == 1:
-            reader = operators[behind[0]]
-            if behind[0] not in own and _tabled(reader):
-                joined.add(number)
-    return joined
+    behind = {number: readers[operators[number].outputs[0]] for number in tables}
+    return {number for number, found in behind.items() if len(found) == 1 and found[0] in tables}
 
 
 def _elided(operator: ModelOperator) -> bool:

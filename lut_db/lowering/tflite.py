@@ -178,8 +178,10 @@ class _Buffer(schema.BufferT):
 
 @dataclass
 class _Model:
-    """Collects a model's tensors, buffers and operators. With `ranges` of tensors, by name, it is one of int8."""
+    """Collects a model's tensors, buffers and operators. With `ranges` of tensors, by name, it is one of int8; `fp16`
+    is one to be calculated so."""
 
+    fp16: bool = False
     ranges: dict[str, Range] | None = None
     affine: dict[int, Affine] = field(default_factory=dict)
     """Of the tensors of int8."""
@@ -665,7 +667,10 @@ def _layer_norm(emit: _Emitter, operator: LayerNorm, inputs: Sequence[int]) -> N
     shape = emit.shape(tensor)
     mean = emit.mean(tensor, (2,), keep=True, part="mean")
     centred = emit.emit(Code.SUB, tensor, mean, part="centre", shape=shape, options=schema.SubOptionsT())
-    variance = emit.mean(emit.multiply(centred, centred, "square"), (2,), keep=True, part="variance")
+    # Where squares are in fp16, XNNPACK calculates them and all behind them in fp32. The centred have no mean, so their
+    # products with the others have the same.
+    square = emit.multiply(tensor if emit.model.fp16 else centred, centred, "square")
+    variance = emit.mean(square, (2,), keep=True, part="variance")
     raised = emit.emit(
         Code.ADD, variance, emit.constant("epsilon", operator.epsilon), part="raise", shape=emit.shape(variance),
         options=schema.AddOptionsT(),
@@ -812,13 +817,14 @@ def to_tflite(
     """The network as a TFLite model; inputs `t0`, `t1`, …, outputs named after their tensors, all NHWC and float32.
 
     Without `weights` they are made up from `seed`. In int8 the ranges of activations are those on the inputs `samples`,
-    made up too where there are none; it takes LiteRT. In fp16 runtimes calculate by themselves, from a model like that
-    of fp32. Raises InvalidInput where weights do not fit the network.
+    made up too where there are none; it takes LiteRT. In fp16 runtimes calculate by themselves, from a model of
+    float32. Raises InvalidInput where weights do not fit the network.
     """
     weights = made_up(network, seed) if weights is None else checked(network, weights)
     if precision != "int8":
-        return _said(network, weights).packed()
-    return _said(network, weights, _ranges(network, weights, samples or made_up_samples(network))).packed()
+        return _said(network, weights, fp16=precision == "fp16").packed()
+    ranges = _ranges(network, weights, samples or made_up_samples(network))
+    return _said(network, weights, ranges).packed()
 
 
 @dataclass(frozen=True)
@@ -834,8 +840,10 @@ class _Said:
         return self.model.pack(self.inputs, self.outputs, self.name)
 
 
-def _said(network: Network, weights: Weights, ranges: dict[str, Range] | None = None) -> _Said:
-    model = _Model(ranges)
+def _said(
+    network: Network, weights: Weights, ranges: dict[str, Range] | None = None, *, fp16: bool = False
+) -> _Said:  # fmt: skip
+    model = _Model(fp16, ranges)
     first, shapes, wanted = len(network.inputs), network.shapes, set(network.output_tensors)
     border = {
         tensor: model.tensor(tensor_name(tensor), _nhwc(shape))
