@@ -1,4 +1,4 @@
-"""Arithmetic of int8: real = scale · (quantized − zero). Activations have one scale, weights one for each filter or one.
+"""Arithmetic of int8: real = scale · (quantized − zero). Activations have one scale, weights mostly one a filter.
 
 Weights are symmetric in [-127, 127], biases are int32 at the scale of the products. Both as ONNX Runtime and TFLite's
 quantisation specification want them.
@@ -22,10 +22,12 @@ LEVELS = 255
 """Steps from the lowest to the highest value of 8 bits."""
 LARGEST_WEIGHT = 127
 LARGEST_BIAS = float(1 << 30)
+OVERFLOW = 1e36
+"""Values from here on are no results: some runtimes clamp to the largest of float32 what is beyond."""
 SMALLEST_SCALE = 1e-30
 """Products of two of these still are normal numbers."""
 FINEST = 1 / 128
-"""Of the step that an operator calculates in: no output has finer steps, which would be noise, and which kernels refuse."""
+"""Of the step that an operator calculates in: finer steps of an output would be noise, and kernels refuse them."""
 
 Samples = Sequence[Sequence[NDArray[np.float32]]]
 """Inputs of a network, `(N, C, H, W)` and so on, for several runs."""
@@ -40,11 +42,11 @@ def made_up_samples(network: Network) -> Samples:
 
 
 def merged(ranges: dict[str, Range], values: Mapping[str, NDArray]) -> None:
-    """Widens the range of every tensor by its values in another run. Raises InvalidInput where one is not finite."""
+    """Widens the range of every tensor by its values in another run. Raises InvalidInput where one overflows."""
     for name, array in values.items():
         low, high = ranges.get(name, (0.0, 0.0))  # zero must always be exact
         found = (min(low, float(array.min())), max(high, float(array.max())))
-        if not np.isfinite(found).all():
+        if not max(-found[0], found[1]) < OVERFLOW:
             raise InvalidInput(f"the tensor {name} overflows in float32", field="weights")
         ranges[name] = found
 
@@ -80,9 +82,9 @@ class Filters:
     """Weights of int8 with a scale for each filter, and a bias of int32; `axis` of the weights counts filters."""
 
     weight: NDArray[np.int8]
-    scales: NDArray[np.float32]
+    scales: NDArray
     bias: NDArray[np.int32]
-    bias_scales: NDArray[np.float32]
+    bias_scales: NDArray
 
     @classmethod
     def of(
@@ -96,7 +98,7 @@ class Filters:
         scales = np.maximum(scales, np.abs(values) / LARGEST_BIAS / float(input_scale))
         scales = np.maximum(scales, SMALLEST_SCALE / min(float(input_scale), 1.0)).astype(np.float32)
         if alike:
-            scales[:] = scales.max()
+            scales = np.full_like(scales, scales.max())
         along = [1] * weight.ndim
         along[axis] = -1
         quantized = np.clip(np.round(weight / scales.reshape(along)), -LARGEST_WEIGHT, LARGEST_WEIGHT)

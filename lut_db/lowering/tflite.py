@@ -296,7 +296,7 @@ class _Emitter:
             output = model.tensor(f"{self.prefix}/{part}", shape)
         else:
             output = self.output if last else model.activation(f"{self.prefix}/{part}", shape)
-            inputs = self._in_int8(code, inputs, output)
+            inputs = tuple(self._in_int8(code, inputs, output))
             version = max(version, INT8_VERSIONS.get(code, INT8_VERSION))
         assert self.shape(output) == tuple(shape), f"{part} makes {tuple(shape)}, not {self.shape(output)}"
         model.operator(code, version, inputs, output, options)
@@ -812,7 +812,7 @@ _LOWERINGS: dict[type[BaseOperator], Callable[[_Emitter, Any, Sequence[int]], No
 
 def to_tflite(
     network: Network, weights: Weights | None = None, seed: int = 0, precision: Precision = "fp32",
-    samples: Samples | None = None,
+    samples: Samples | None = None, *, inner: bool = False,
 ) -> bytes:  # fmt: skip
     """The network as a TFLite model; inputs `t0`, `t1`, …, outputs named after their tensors, all NHWC and float32.
 
@@ -824,7 +824,7 @@ def to_tflite(
     if precision != "int8":
         return _said(network, weights, fp16=precision == "fp16").packed()
     ranges = _ranges(network, weights, samples or made_up_samples(network))
-    return _said(network, weights, ranges).packed()
+    return _said(network, weights, ranges, inner=inner).packed()
 
 
 @dataclass(frozen=True)
@@ -841,19 +841,21 @@ class _Said:
 
 
 def _said(
-    network: Network, weights: Weights, ranges: dict[str, Range] | None = None, *, fp16: bool = False
+    network: Network, weights: Weights, ranges: dict[str, Range] | None = None, *, fp16: bool = False,
+    inner: bool = False,
 ) -> _Said:  # fmt: skip
     model = _Model(fp16, ranges)
     first, shapes, wanted = len(network.inputs), network.shapes, set(network.output_tensors)
+    converted = ranges is not None and not inner
     border = {
-        tensor: model.tensor(tensor_name(tensor), _nhwc(shape))
-        for tensor, shape in enumerate(shapes)
-        if ranges is None or tensor < first or tensor in wanted
-    }
-    tensors = dict(border) if ranges is None else {}
+        tensor: model.tensor(tensor_name(tensor), _nhwc(shape)) if ranges is None or converted
+        else model.activation(tensor_name(tensor), _nhwc(shape))
+        for tensor, shape in enumerate(shapes) if not converted or tensor < first or tensor in wanted
+    }  # fmt: skip
+    tensors = {} if converted else dict(border)
     for number, node in enumerate(network.nodes):
         made = first + number
-        if ranges is not None:
+        if converted:
             for tensor in node.inputs:
                 if tensor not in tensors:  # an input of the network, for the first time
                     tensors[tensor] = _inside(model, number, tensor, shapes[tensor])
@@ -861,10 +863,8 @@ def _said(
             tensors[made] = _inside(model, number, made, shapes[made])
         emitter = _Emitter(model, number, tensors[made], dict(weights[number]))
         _LOWERINGS[type(node.operator)](emitter, node.operator, [tensors[tensor] for tensor in node.inputs])
-        if ranges is not None and made in wanted:
-            model.operator(
-                Code.DEQUANTIZE, INT8_VERSION, [tensors[made]], border[made], schema.DequantizeOptionsT()
-            )
+        if converted and made in wanted:
+            model.operator(Code.DEQUANTIZE, INT8_VERSION, [tensors[made]], border[made], schema.DequantizeOptionsT())
     return _Said(
         model, f"network_{network.key}", [border[tensor] for tensor in range(first)],
         [border[tensor] for tensor in network.output_tensors],
