@@ -32,7 +32,8 @@ SIZES = (224, 112)
 TEST_NETWORKS = 40
 CALIBRATION_NETWORKS = 24
 QUICK = (112,), 10, 8
-ISOLATED = Plan(context="isolated", carriers=1)
+PATIENCE_S = 600.0
+CONTEXTS = {"in_context": IN_CONTEXT, "isolated": Plan(context="isolated", carriers=1)}
 FORMATS = {
     "ratio": "{:.3f}", "rank": "{:.4f}", "mean_error": "{:.2%}", "max_error": "{:.2%}",
     "within_2.5%": "{:.1%}", "within_5%": "{:.1%}", "within_10%": "{:.1%}",
@@ -117,7 +118,10 @@ def latencies(client: ProfilerClient, asked: Sequence[Network], plan: Plan) -> N
     return np.array([row.latency_ms for row in rows])
 
 
-def run(backend: str, family: str, size: int, tests: int, calibrations: int, folder: Path, tolerance: float) -> Figures:
+def run(
+    backend: str, contexts: Sequence[str], family: str, size: int, tests: int, calibrations: int, folder: Path,
+    tolerance: float,
+) -> Figures:  # fmt: skip
     draw = FAMILIES[family]
     asked = draw(size, tests + calibrations, 0)
     test, calibration = asked[:tests], asked[tests:]
@@ -127,10 +131,11 @@ def run(backend: str, family: str, size: int, tests: int, calibrations: int, fol
     whole = WHOLE.model_copy(update=noise)
     with (
         EmbeddedService(str(folder / "tables.sqlite"), folder, backend=backend) as service,
-        ProfilerClient(service.url, patience_s=1800) as client,
+        ProfilerClient(service.url, patience_s=PATIENCE_S, still_there=service.check) as client,
     ):
-        for context, plan in (("in context", IN_CONTEXT), ("isolated", ISOLATED)):
-            client.open_pin(service.target, plan.model_copy(update=noise))
+        for name in contexts:
+            context = name.replace("_", " ")
+            client.open_pin(service.target, CONTEXTS[name].model_copy(update=noise))
             client.calibrate(calibration, whole)
             estimates = client.estimates(test)
             measured = latencies(client, test, whole)
@@ -147,7 +152,8 @@ def main() -> None:
     options = arguments(
         (__doc__ or "").split("\n")[0],
         [
-            ("--backend", {"default": "cpu-onnxruntime", "help": "cpu-onnxruntime or cpu-litert"}),
+            ("--backend", {"default": "cpu-onnxruntime", "help": "cpu-litert, cuda-torch, …: without settings"}),
+            ("--context", {"choices": list(CONTEXTS), "help": "only this one; a backend may have no other"}),
             ("--family", {"choices": list(FAMILIES), "help": "only this family"}),
             ("--size", {"type": int, "help": "only images of this size"}),
             ("--load-tolerance", {"type": float, "default": IN_CONTEXT.load_tolerance, "metavar": "CORES"}),
@@ -158,7 +164,10 @@ def main() -> None:
     for family in [options.family] if options.family else FAMILIES:
         for size in [options.size] if options.size else sizes:
             with tempfile.TemporaryDirectory(prefix="fidelity-") as folder:
-                found = run(options.backend, family, size, tests, calibrations, Path(folder), options.load_tolerance)
+                found = run(
+                    options.backend, [options.context] if options.context else list(CONTEXTS), family, size, tests,
+                    calibrations, Path(folder), options.load_tolerance,
+                )  # fmt: skip
             show(
                 f"{options.backend}, {family}, {size} pixels: {tests} networks, correction from {calibrations} others",
                 found,

@@ -33,6 +33,7 @@ from search_client.embedded import EmbeddedService
 IMAGE_SIZE = 112
 NETWORKS, BUILDS, USUAL_OPERATORS = 12, 5, 60
 QUICK = 2, 3, 8
+PATIENCE_S = 600.0
 USUAL_RUNS = 500
 PLANS = {"in context": Plan(), "isolated": Plan(context="isolated", carriers=1)}
 FORMATS = {"operators": "{:.0f}", "operators_per_minute": "{:.0f}", "share_in_kernels": "{:.1%}", "cv": "{:.2%}"}
@@ -73,7 +74,7 @@ def through_the_system(
             rows, seconds, leases = [], 0.0, []
             for seed in range(builds):
                 asked = plan.model_copy(update={"seed": seed, "load_tolerance": tolerance})
-                with ProfilerClient(service.url, patience_s=1800) as client:
+                with ProfilerClient(service.url, patience_s=PATIENCE_S, still_there=service.check) as client:
                     client.open_pin(service.target, asked)
                     begin = time.perf_counter()
                     estimates = client.estimates(each)

@@ -26,7 +26,7 @@ from device_agents.backends import Backend, Options, Unreachable
 from device_agents.child import Job
 from device_agents.measuring import failed
 from lut_db.errors import LatencyLabError
-from lut_db.measurements import Cause
+from lut_db.measurements import REFUSALS, Cause
 from lut_db.targets import Device, Target
 from lut_db.wire import API, Lease, LeaseRequest, Problem, Report, ReportOutcome
 
@@ -37,6 +37,9 @@ REQUEST_TIMEOUT_S = 20.0
 FIRST_RETRY_S = 0.2
 LONGEST_RETRY_S = 10.0
 CHECK_S = 0.05
+COOL_DOWN_S = 2.0
+LONGEST_COOL_DOWN_S = 25.0
+"""Shorter than the silence after which the service takes a device for lost."""
 LOG_TAIL = 2000
 
 
@@ -61,6 +64,7 @@ class Agent:
     lease_limit_s: float = 1800.0
     _stop: threading.Event = field(default_factory=threading.Event)
     _kept_out: bool = False
+    _refusals: int = 0
 
     def stop(self) -> None:
         self._stop.set()
@@ -76,6 +80,7 @@ class Agent:
                 self._register(http, target)
                 print(f"registered {self.name} as {target.key}", flush=True)
                 while not self._stop.is_set():
+                    self._cool_down()
                     self._await_device()
                     if self.backend.target() != target:  # another build or tool than before: other tables
                         target = self.backend.target()
@@ -86,6 +91,11 @@ class Agent:
                         self._serve(http, lease)
             except Stopped:
                 log.info("stopped")
+
+    def _cool_down(self) -> None:
+        """Waits longer after each lease that was refused: what disturbs a device is seldom over at once."""
+        if self._refusals:
+            self._stop.wait(min(COOL_DOWN_S * 2 ** min(self._refusals - 1, 10), LONGEST_COOL_DOWN_S))
 
     def _await_device(self) -> None:
         """Returns when the device can measure. One that is gone or hot takes no lease, and needs no hand."""
@@ -153,6 +163,7 @@ class Agent:
             return
         outcome = ReportOutcome.model_validate_json(response.content)
         failure = next((m.failure for m in report.measurements if m.failure is not None), None)
+        self._refusals = self._refusals + 1 if failure is not None and failure.cause in REFUSALS else 0
         log.info(
             "lease %d: %s, %d rows, %d requeued, %.1f s%s", lease.token, outcome.outcome, outcome.rows,
             outcome.requeued, time.monotonic() - began, f"; {failure.cause}: {failure.message}" if failure else "",

@@ -56,7 +56,11 @@ def bench_file(backend: Backend, model: Path, runs: int, sessions: int) -> Bench
     loaded = [backend.load(model, profile=False) for _ in range(sessions)]
     watch = backend.watch()
     sampled = sample(
-        [session.time for session in loaded], [session.time for session in canaries], plan, plan.seed, backend.burst
+        [session.time for session in loaded],
+        [session.time for session in canaries],
+        plan,
+        plan.seed,
+        starts=backend.burst is None,
     )
     timed = sampled.graphs
     facts, refusal = watch.read(plan)

@@ -22,6 +22,9 @@ from lut_db.errors import LatencyLabError
 KEPT_TEXT = 3000
 """Characters of a tool's output that go into an error: its end, where tools say what went wrong."""
 
+COARSE_US = 20.0
+"""Medians below this are too coarse: a tick of the tool's timer is a microsecond."""
+
 LATER_TOLERANCE = 1e-3
 """Relative difference allowed between two places where a tool prints the same mean, rounded differently."""
 
@@ -84,9 +87,10 @@ class BenchmarkRun:
 
     @property
     def latency_ms(self) -> float:
-        """The median where the tool tells it, else the mean."""
-        us = self.measured.mean_us if self.measured.median_us is None else self.measured.median_us
-        return us / 1e3
+        """The median where the tool tells it, else the mean. Also the mean where a tick is much beside the median: of
+        runs that begin anywhere between two ticks, the mean of whole microseconds is right."""
+        median_us = self.measured.median_us
+        return (self.measured.mean_us if median_us is None or median_us < COARSE_US else median_us) / 1e3
 
 
 _PREFIX = re.compile(r"^(?P<level>INFO|WARN|WARNING|ERROR|VERBOSE): (?:\[[^\]]*:\d+\] )?")
@@ -192,7 +196,7 @@ def _read_statistics(line: str, text: str) -> Statistics:
         not read.min_us - slack <= middle <= read.max_us + slack for middle in middles
     ):
         raise ToolFailed("benchmark_model printed statistics that contradict themselves", text)
-    if min(middles) <= 0:
+    if read.mean_us <= 0:
         raise ToolFailed("the graph is faster than the tick of benchmark_model's timer, 1 us", text)
     return read
 

@@ -16,7 +16,6 @@ counts its rails. A backend that has one is `Metered`. Where there is none the e
 
 from __future__ import annotations
 
-import importlib
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -24,9 +23,11 @@ from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
-from device_agents.backends import Check
+from device_agents import nvml
+from device_agents.backends import Check, Unreachable
+from lut_db.errors import InvalidInput
 from lut_db.measurements import Evidence
 
 POWERCAP = Path("/sys/class/powercap")
@@ -238,14 +239,9 @@ class Nvml:
 
     def __init__(self, index: int = 0) -> None:
         try:
-            self._nvml: Any = importlib.import_module("pynvml")
-        except ImportError as error:
-            raise Absent("the package pynvml is not there: pip install nvidia-ml-py") from error
-        try:
-            self._nvml.nvmlInit()
-            self._handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
-        except self._nvml.NVMLError as error:
-            raise Absent(f"NVML: {error}") from error
+            self._gpu = nvml.Gpu(index)
+        except InvalidInput as lack:
+            raise Absent(str(lack)) from lack
         self.source = f"NVML GPU {index}"
         self._first_mj = self._millijoules()
 
@@ -254,9 +250,12 @@ class Nvml:
 
     def _millijoules(self) -> int:
         try:
-            return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle))
-        except self._nvml.NVMLError as error:
-            raise Absent(f"NVML does not count this GPU's energy: {error}") from error
+            counted = self._gpu.millijoules()
+        except Unreachable as gone:
+            raise Absent(str(gone)) from gone
+        if counted is None:
+            raise Absent("NVML does not count this GPU's energy")
+        return counted
 
 
 class Rails:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_agents import energy
-from device_agents.backends import Backend, Loaded, NodeTimes, Unreachable, Unsupported
+from device_agents.backends import Backend, Loaded, LoadFailed, NodeTimes, Unprofiled, Unreachable, Unsupported
 from device_agents.packing import pack
 from device_agents.sampling import Z95, Timed, chosen, half_width, sample, statistic
 from lut_db.canary import canary
@@ -53,6 +53,8 @@ def measure(backend: Backend, lease: Lease, progress: Callable[[str], None] = la
     or where the canary says that it was at another speed than the table's; there are none from a device that is gone
     (cause `unreachable`).
     """
+    if lease.plan.context == "in_context" and isinstance(backend, Unprofiled):
+        return failed(lease, "unsupported", backend.unprofiled)
     try:
         return _measure(backend, lease, progress)
     except Unreachable as error:
@@ -70,7 +72,11 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     keys = [record.key for record in (*lease.operators, *lease.networks)]
     failures: dict[str, Failure] = {}
     began = time.perf_counter()
-    canaries = load_canaries(backend)
+    try:
+        canaries = load_canaries(backend)
+    except (Unsupported, LoadFailed) as error:
+        # A device on which not even the canary runs says nothing of any operator.
+        raise Unreachable(f"the canary does not run on it: {error}") from error
     graphs = _load(backend, lease, failures, progress)
     # Profiled carriers have a twin without a profiler, which shows what profiling itself costs.
     profiled = [graph for graph in graphs if graph.places]
@@ -80,7 +86,8 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     watch = backend.watch()
     sampled = sample(
         [*(graph.loaded.time for graph in graphs), *(loaded.time for loaded in plain)],
-        [session.time for session in canaries], lease.plan, lease.token, backend.burst,
+        [session.time for session in canaries], lease.plan, lease.token,
+        starts=backend.burst is None,
     )  # fmt: skip
     seen, refusal = watch.read(lease.plan)
 
@@ -164,10 +171,11 @@ def _load(
         key = owners.get(network.key, network.key)
         try:
             graphs.append(_Graph(network, backend.load(network, profile=bool(places)), places, key))
-        except Unsupported as error:
+        except (Unsupported, LoadFailed) as error:
             # In a carrier any of its operators may be at fault: each is tried again alone before it is given up.
             alone = len(set(places.values())) <= 1
-            failure = Failure(cause="unsupported" if alone else "error", message=str(error)[:MESSAGE_LENGTH])
+            cause = error.cause if isinstance(error, LoadFailed) else "unsupported" if alone else "error"
+            failure = Failure(cause=cause, message=str(error)[:MESSAGE_LENGTH])
             failures.update(dict.fromkeys(places.values() if places else [key], failure))
     gc.collect()
     return graphs

@@ -24,6 +24,7 @@ from lut_db.networks import Network
 LAYOUT_CONVERSIONS = frozenset({"ReorderInput", "ReorderOutput"})
 CHANNELS_LAST = [0, 2, 3, 1]
 """The permutation of axes that plain maps, (N, C, H, W), undergo before an int8 convolution."""
+COPIES = frozenset({"MemcpyFromHost", "MemcpyToHost"})
 KERNEL = "_kernel_time"
 
 Owners = Mapping[str, tuple[int, bool]]
@@ -115,6 +116,19 @@ def owners_by_name(events: Sequence[Mapping[str, Any]], network: Network) -> Own
         except Unsupported:
             return None
     return owners
+
+
+def elsewhere(events: Sequence[Mapping[str, Any]], provider: str) -> list[str]:
+    """The nodes of a profile that are not the provider's, each with its type and whose it is; and copies between
+    devices, which are its own but stand at the border to another."""
+    found = []
+    for event in events:
+        if not _is_kernel(event):
+            continue
+        kind, whose = event["args"].get("op_name", ""), event["args"].get("provider", "an unknown provider")
+        if whose != provider or kind in COPIES:
+            found.append(f"{event['name'].removesuffix(KERNEL)} ({kind}) on {whose}")
+    return list(dict.fromkeys(found))
 
 
 def node_times(events: Sequence[Mapping[str, Any]], owners: Owners, nodes: int) -> NodeTimes:

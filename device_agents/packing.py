@@ -49,6 +49,13 @@ IMAGE_CHANNELS = 8
 """Channels of a carrier's input: enough for a runtime's blocked layout, so that the first adapter is ordinary. Also
 the features of its tokens."""
 
+ADAPTER_PARAMETERS = 1 << 24
+"""Weights at most of the adapter that leads from a carrier's input to vectors."""
+ROOM_PARAMETERS = 1 << 28
+ROOM_ACTIVATIONS = 1 << 30
+"""Weights and elements in all beyond which a carrier takes nothing more (1 and 4 GiB of float32): operators that may
+each be there must not make a graph together that no device holds. The first, and its adapters, are always taken."""
+
 MAX_STRIDE = 64
 MAX_HEADS = 64
 """Heads that an adapter splits off or merges."""
@@ -147,7 +154,7 @@ class _Packer:
         fitting = [
             operator
             for operator in self.by_input.get(walk.shape(current), [])
-            if operator.key not in used and walk.can_place(operator, current)
+            if operator.key not in used and walk.has_room(operator) and walk.can_place(operator, current)
         ]
         needing = [operator for operator in fitting if self.need[operator.key] > 0]
         if needing:
@@ -177,6 +184,8 @@ class _Packer:
         reachable = [o for o in reachable if _size(_main_input(o)) == largest]
         self.rng.shuffle(reachable)
         for operator in reachable:
+            if not walk.has_room(operator, _channels(here) * _channels(_main_input(operator))):
+                continue
             adapted = walk.adapt(current, _main_input(operator), operator)
             if walk.can_place(operator, adapted):
                 return operator, adapted
@@ -243,7 +252,9 @@ def _image(shape: Shape) -> Shape:
     """The input of a carrier from which an adapter leads to a shape."""
     if len(shape) == 4:
         return (shape[0], _few(shape), *shape[2:])
-    return (*shape[:2], _few(shape)) if len(shape) == 3 else shape
+    if len(shape) == 3:
+        return (*shape[:2], _few(shape))
+    return (shape[0], min(shape[1], max(1, ADAPTER_PARAMETERS // shape[1])))
 
 
 class _Walk:
@@ -256,6 +267,16 @@ class _Walk:
         self.tensors: dict[Shape, list[int]] = {}
         self.read: set[int] = set()
         self.inputs = 0
+        self.parameters = 0
+        self.activations = 0
+
+    def has_room(self, operator: Operator, adapters: int = 0) -> bool:
+        """Whether the carrier can take an operator too, behind adapters of so many weights."""
+        activations = sum(prod(shape) for shape in (*operator.inputs, operator.output))
+        return (
+            self.parameters + operator.parameters + adapters <= ROOM_PARAMETERS
+            and self.activations + activations <= ROOM_ACTIVATIONS
+        )
 
     def shape(self, tensor: int) -> Shape:
         return self.build.shape(tensor)
@@ -314,6 +335,8 @@ class _Walk:
 
     def _add(self, operator: Operator, *inputs: int) -> int:
         self.read.update(inputs)
+        self.parameters += operator.parameters
+        self.activations += prod(operator.output)
         return self.build.add(operator, *inputs)
 
     def _would_fuse(self, operator: Operator, tensor: int) -> bool:

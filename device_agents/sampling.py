@@ -16,6 +16,14 @@ from lut_db.measurements import Stop
 from lut_db.plans import Plan, Statistic
 
 Z95 = 1.959964
+WAKE_RUNS = 4
+"""Runs of a graph, at each visit, that are not counted: what ran before has filled the caches, and it takes three or
+four runs until they hold the graph's weights and maps again. The first run takes up to half as long again."""
+
+CANARY_WAKE_RUNS = 6
+CANARY_RUNS = 4
+LOOK_S = 0.02
+"""Where graphs are small, the canary is not looked at more often than this."""
 SETTLED_VISITS = 3
 SETTLED_GAIN = 0.02
 """Relative narrowing of the interval over that many visits below which more runs are no use."""
@@ -110,20 +118,30 @@ Times = Callable[[int], Sequence[float]]
 """Runs something so many times and returns latencies in ms: one for each run, or fewer where only means are told."""
 
 
-def sample(graphs: Sequence[Times], canaries: Sequence[Times], plan: Plan, seed: int, burst: int | None = 1) -> Sampled:
-    """Times every graph under the plan, in rounds of random order, with a canary before every visit and at the end.
+def sample(
+    graphs: Sequence[Times], canaries: Sequence[Times], plan: Plan, seed: int, *, starts: bool = False
+) -> Sampled:
+    """Times every graph under the plan, in rounds of random order, with a canary at the start, between and at the end.
 
     A fixed order would let a drift of the device hit some graphs more than others. The canaries are sessions of one
-    network and take turns: where a runtime happened to place one in memory matters less. `burst` is how many runs
-    of a canary make a visit; None: as many as a graph's.
+    network and take turns: where a runtime happened to place one in memory matters less. Graphs and canaries are timed
+    with warm caches, so that neither depends on what else is in the lease. `starts` says that each visit starts a tool
+    afresh, which warms up by itself and is dear: the canary then is run as often as a graph.
     """
     rng = random.Random(seed)
     timed = [Timed() for _ in graphs]
     canaries_ms: list[list[float]] = [[] for _ in canaries]
+    looked = -LOOK_S
 
-    def look() -> None:
+    def look(*, often: bool = True) -> None:
+        nonlocal looked
+        if not often and time.perf_counter() - looked < LOOK_S:
+            return
         number = rng.randrange(len(canaries))
-        canaries_ms[number].extend(canaries[number](burst or plan.round_runs))
+        if not starts:
+            canaries[number](CANARY_WAKE_RUNS)
+        canaries_ms[number].extend(canaries[number](plan.round_runs if starts else CANARY_RUNS))
+        looked = time.perf_counter()
 
     for graph, record in zip(graphs, timed, strict=True):
         if plan.warmup_runs:
@@ -132,17 +150,17 @@ def sample(graphs: Sequence[Times], canaries: Sequence[Times], plan: Plan, seed:
     while open_graphs:
         rng.shuffle(open_graphs)
         for number in open_graphs:
-            look()
-            _visit(graphs[number], plan, timed[number], wake=burst == 1)
+            look(often=starts)
+            _visit(graphs[number], plan, timed[number], wake_runs=0 if starts else WAKE_RUNS)
         open_graphs = [number for number in open_graphs if timed[number].stop is None]
     look()
     return Sampled(timed, canaries_ms)
 
 
-def _visit(graph: Times, plan: Plan, timed: Timed, *, wake: bool) -> None:
+def _visit(graph: Times, plan: Plan, timed: Timed, *, wake_runs: int) -> None:
     begin = time.perf_counter()
-    if wake:
-        timed.count += len(graph(1))  # brings the graph's weights back into the caches that other graphs used
+    if wake_runs:
+        timed.count += len(graph(wake_runs))
     times_ms = graph(plan.round_runs)
     timed.times_ms.extend(times_ms)
     timed.positions.extend(range(timed.count, timed.count + len(times_ms)))

@@ -7,8 +7,15 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
-Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Joules = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MAX_MILLISECONDS = 3.6e6
+"""No run of anything takes an hour: what says so is no latency."""
+MAX_SAMPLES = 1 << 20
+MAX_GRAPHS = 4096
+
+Milliseconds = Annotated[float, Field(gt=0, le=MAX_MILLISECONDS, allow_inf_nan=False)]
+Sample = Annotated[float, Field(ge=0, le=MAX_MILLISECONDS, allow_inf_nan=False)]
+"""One reading in ms: a timer whose ticks are coarser than what it times reads zero now and then."""
+Joules = Annotated[float, Field(gt=0, le=1e9, allow_inf_nan=False)]
 
 
 class Status(StrEnum):
@@ -54,11 +61,11 @@ class Samples(Value):
     adds to it (negative where a runtime's work between nodes outweighs that).
     """
 
-    carrier: str
-    samples_ms: tuple[float, ...] = Field(min_length=1)
-    counted: tuple[int, ...] = Field(min_length=1)
+    carrier: str = Field(max_length=64)
+    samples_ms: tuple[Sample, ...] = Field(min_length=1, max_length=MAX_SAMPLES)
+    counted: tuple[int, ...] = Field(min_length=1, max_length=MAX_SAMPLES)
     slowness: float = Field(gt=0, allow_inf_nan=False)
-    layout_ms: float = Field(default=0.0, ge=0)
+    layout_ms: Sample = 0.0
     profiling_ms: float = Field(default=0.0, allow_inf_nan=False)
 
     @model_validator(mode="after")
@@ -83,11 +90,11 @@ class Measurement(Value):
 
     key: str = Field(min_length=32, max_length=32)
     latency_ms: Milliseconds | None = None
-    half_width_ms: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    half_width_ms: Sample | None = None
     spread: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     energy_j: Joules | None = None
     stop: Stop | None = None
-    samples: tuple[Samples, ...] = ()
+    samples: tuple[Samples, ...] = Field(default=(), max_length=MAX_GRAPHS)
     failure: Failure | None = None
 
     @model_validator(mode="after")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from functools import cached_property
+from math import prod
 
 from pydantic import Field, model_validator
 
-from lut_db.operators import Operator, Record, Shape, canonical_key
+from lut_db.operators import MAX_DIMENSION, MAX_ELEMENTS, Operator, Record, Shape, canonical_key
 
 MAX_NODES = 4096
+MAX_PARAMETERS = 1 << 29
+"""Weights of a network at most: 2 GiB of float32, which is what a file in ONNX or TFLite can hold."""
+MAX_ACTIVATIONS = 1 << 32
+"""Elements at most that a network's inputs and nodes make in all. Runtimes hold but a part of them at a time."""
 
 
 class Node(Record):
@@ -76,11 +81,23 @@ class Network(Record):
         return readers
 
     @model_validator(mode="after")
+    def _check_sizes(self) -> Network:
+        """Tensors that may each be there can be too much together: refused before anything is allocated."""
+        if self.parameters > MAX_PARAMETERS:
+            raise ValueError(f"nodes: they have {self.parameters} weights in all, more than {MAX_PARAMETERS}")
+        activations = sum(prod(shape) for shape in self.shapes)
+        if activations > MAX_ACTIVATIONS:
+            raise ValueError(f"nodes: they make {activations} elements in all, more than {MAX_ACTIVATIONS}")
+        return self
+
+    @model_validator(mode="after")
     def _check_wiring(self) -> Network:
         shapes: list[Shape] = [tuple(shape) for shape in self.inputs]
         for shape in shapes:
-            if len(shape) not in (2, 3, 4) or min(shape) < 1:
+            if len(shape) not in (2, 3, 4) or min(shape) < 1 or max(shape) > MAX_DIMENSION:
                 raise ValueError(f"inputs: {shape} is no shape; it must be (N, C, H, W), (N, T, F) or (N, F)")
+            if prod(shape) > MAX_ELEMENTS:
+                raise ValueError(f"inputs: one of shape {shape} has more than {MAX_ELEMENTS} elements")
         for number, node in enumerate(self.nodes):
             expected = node.operator.inputs
             if len(node.inputs) != len(expected):

@@ -31,6 +31,7 @@ class Plan(Record):
     interleaved at random in rounds of `round_runs`.
 
     The canary runs all the while, and latencies are stated at its reference speed.
+    Runs of a round follow others that are not counted, until the caches hold what the graph needs.
 
     Refusal: a lease is refused when other processes used more than `load_tolerance` of one core while it was
     measured, or when the canary was slower than its reference by a factor of more than `1 + drift_tolerance`, or as
@@ -42,9 +43,9 @@ class Plan(Record):
     carrier_length: Annotated[int, Field(ge=1, le=256)] = 40
     seed: Annotated[int, Field(ge=0)] = 0
     warmup_runs: Annotated[int, Field(ge=0, le=1000)] = 2
-    round_runs: Annotated[int, Field(ge=1, le=1000)] = 5
-    min_runs: Annotated[int, Field(ge=1, le=100_000)] = 20
-    settle_runs: Annotated[int, Field(ge=1, le=100_000)] = 30
+    round_runs: Annotated[int, Field(ge=1, le=1000)] = 8
+    min_runs: Annotated[int, Field(ge=1, le=100_000)] = 24
+    settle_runs: Annotated[int, Field(ge=1, le=100_000)] = 32
     max_runs: Annotated[int, Field(ge=1, le=100_000)] = 40
     max_seconds: Annotated[float, Field(gt=0, le=3600)] = 20.0
     relative_half_width: Annotated[float, Field(gt=0, lt=1)] = 0.01
@@ -64,5 +65,5 @@ class Plan(Record):
 
 
 IN_CONTEXT = Plan()
-WHOLE = Plan(context="whole", carriers=3, warmup_runs=3, min_runs=60, settle_runs=90, max_runs=120)
+WHOLE = Plan(context="whole", carriers=3, round_runs=10, min_runs=60, settle_runs=80, max_runs=100)
 """How whole networks are measured for calibrations and for checking a discovered network."""

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, Field
 
 from lut_db.estimates import Correction, Estimate, OperatorRow
-from lut_db.measurements import Evidence, Measurement, Samples, Status, Stop, Value
+from lut_db.measurements import Evidence, Measurement, Milliseconds, Samples, Status, Stop, Value
 from lut_db.networks import Network
 from lut_db.operators import KEY_LENGTH, Operator
 from lut_db.plans import WHOLE, Plan
@@ -86,7 +86,7 @@ class Report(Value):
     """
 
     measurements: tuple[Measurement, ...]
-    canary_ms: float | None = Field(default=None, gt=0)
+    canary_ms: Milliseconds | None = None
     evidence: Evidence = Field(default_factory=dict)
 
 

@@ -58,7 +58,8 @@ def grant(
     end(session, ending, now, "expired")
     if keeps:
         return None
-    oldest = queries.lock_oldest(session, target, now)
+    asks = claimant(device, target, now, settings)
+    oldest = queries.lock_oldest(session, asks)
     if oldest is None:
         return None
     deadline = now + timedelta(seconds=settings.lease_s)
@@ -68,8 +69,16 @@ def grant(
             return queries.open_lease(session, device, target, oldest.plan, [], now, deadline, reference)
         membership.joined = True  # there is nothing to compare it with: the table begins with it
     size = scheduling.lease_size(queries.read_plan(session, oldest.plan), max_operators, oldest.attempts)
-    jobs = queries.lock_alike(session, oldest, now, size)
+    jobs = queries.lock_alike(session, asks, oldest, size)
     return queries.open_lease(session, device, target, oldest.plan, jobs, now, deadline)
+
+
+def claimant(device: str, target: str, now: datetime, settings: Settings) -> queries.Claimant:
+    """A device that asks for what waits for a target."""
+    return queries.Claimant(
+        device, target, now, seen_after=now - timedelta(seconds=settings.lost_after_s),
+        failed_before=now - timedelta(seconds=settings.elsewhere_s),
+    )  # fmt: skip
 
 
 def compose(session: Session, token: int, settings: Settings) -> Lease | None:
@@ -303,7 +312,10 @@ def _dispose(
         if decided.record:
             recorded += jobs
         else:
-            queries.requeue(session, jobs, later if decided.pause else now, attempts=decided.attempts)
+            queries.requeue(
+                session, jobs, later if decided.pause else now, attempts=decided.attempts,
+                failed_on=lease.device if decided.attempts else None,
+            )  # fmt: skip
     new = [
         queries.NewRow(Measurement(key=job.workload, failure=failure), lease.device, lease.id, evidence, now)
         for job, failure in recorded

@@ -25,6 +25,9 @@ class Settings(BaseSettings):
     lease_s: Seconds = Field(default=120.0, description="how long a lease holds without a heartbeat")
     lost_after_s: Seconds = Field(default=30.0, description="silence after which a device counts as lost")
     refusal_pause_s: Seconds = Field(default=5.0, description="pause before a refused measurement is tried again")
+    elsewhere_s: Seconds = Field(
+        default=300.0, description="how long what failed on a device is left to others of its target"
+    )
     quarantine_after: int = Field(default=10, ge=1, description="leases adrift or hot that quarantine a device")
     reference_operators: int = Field(
         default=16, ge=0, le=256, description="operators that test who joins a pool; 0: whoever comes joins"

@@ -21,38 +21,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lut_db.errors import InvalidInput
-from lut_db.operators import Activation
+from lut_db.lowering.torch import activate, add_padded, bypass_pool, pad_channels, squeeze_excite_scale
 from search_client.architecture import Architecture
 from search_client.description import BlockLayers, Description, Layer, Source, passed_channels
 from search_client.ordered_dropout import Draw
 
 BATCH_NORM_EPSILON = 1e-5
-
-
-def activate(activation: Activation, x: Tensor) -> Tensor:
-    """The activations of the vocabulary."""
-    match activation:
-        case "none":
-            return x
-        case "relu":
-            return functional.relu(x)
-        case "relu6":
-            return functional.relu6(x)
-        case "hard_swish":
-            return functional.hardswish(x)
-        case "hard_sigmoid":
-            return functional.hardsigmoid(x)
-        case "sigmoid":
-            return torch.sigmoid(x)
-        case "gelu":
-            return functional.gelu(x)
-
-
-def bypass_pool(x: Tensor, stride: int) -> Tensor:
-    """What a bypass does across a stride: averages stride x stride pixels, rounding the size up."""
-    if stride == 1:
-        return x
-    return functional.avg_pool2d(x, stride, stride, ceil_mode=True, count_include_pad=False)
 
 
 def initialise(weight: Tensor, random: torch.Generator) -> Tensor:
@@ -184,27 +158,6 @@ class ElasticSqueezeExcite(nn.Module):
                 "expand_weight": self.expand_weight[:channels].detach().clone(),
                 "expand_bias": self.expand_bias[:channels].detach().clone(),
             }
-
-
-def squeeze_excite_scale(
-    x: Tensor, reduce_weight: Tensor, reduce_bias: Tensor, expand_weight: Tensor, expand_bias: Tensor
-) -> Tensor:
-    """(B, C, H, W) to the factors (B, C, 1, 1)."""
-    hidden = functional.relu(functional.linear(x.mean((2, 3)), reduce_weight, reduce_bias))
-    return functional.hardsigmoid(functional.linear(hidden, expand_weight, expand_bias))[:, :, None, None]
-
-
-def pad_channels(x: Tensor, channels: int) -> Tensor:
-    """Zero channels at the end, up to `channels` in all; (B, C) or (B, C, H, W)."""
-    return functional.pad(x, (*(0, 0) * (x.dim() - 2), 0, channels - x.shape[1]))
-
-
-def add_padded(x: Tensor, y: Tensor) -> Tensor:
-    """Sum of two tensors, the one with fewer channels padded with zero channels."""
-    channels = max(x.shape[1], y.shape[1])
-    x = x if x.shape[1] == channels else pad_channels(x, channels)
-    y = y if y.shape[1] == channels else pad_channels(y, channels)
-    return x + y
 
 
 def module_key(name: str) -> str:

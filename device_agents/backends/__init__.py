@@ -17,21 +17,32 @@ import pkgutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, cast, get_args
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lut_db.errors import InvalidInput, LatencyLabError
 from lut_db.lowering.weights import Weights
-from lut_db.measurements import Evidence, Failure
+from lut_db.measurements import Cause, Evidence, Failure
 from lut_db.networks import Network
 from lut_db.plans import Plan
-from lut_db.targets import Precision, Target
+from lut_db.targets import Target
+
+EXTRAS = {"torch": "cuda"}
+"""The extra that brings a package, where it is not `agent`."""
 
 
 class Unsupported(Exception):
     """The runtime cannot run this graph, now or later; the message says what of it."""
+
+
+class LoadFailed(LatencyLabError):
+    """This graph could not be made to run this time: its runtime crashed on it, or it did not fit. Others may run."""
+
+    def __init__(self, cause: Cause, message: str) -> None:
+        super().__init__(message)
+        self.cause = cause
 
 
 class Unreachable(LatencyLabError):
@@ -45,15 +56,6 @@ class Options:
     threads: int = 1
     cores: tuple[int, ...] = ()
     settings: dict[str, str] = field(default_factory=dict)
-
-
-def chosen_precision(settings: dict[str, str]) -> Precision:
-    """The setting `precision`. Raises InvalidInput for what is none; whether it can be had a backend knows."""
-    precision = settings.get("precision", "fp32")
-    if precision not in get_args(Precision):
-        known = ", ".join(get_args(Precision))
-        raise InvalidInput(f"{precision!r} is no precision", field="settings.precision", remedy=f"one of {known}")
-    return cast(Precision, precision)
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,21 @@ class Backend(Protocol):
     def load(self, model: Network | Path, *, profile: bool) -> Loaded:
         """Makes a network with made-up weights, or a model in a file, ready to run, in a fresh session.
 
-        Only networks can be profiled. Raises Unsupported where the runtime refuses the graph, and Unreachable where
-        the device is gone.
+        Only networks can be profiled. Raises Unsupported where the runtime refuses the graph, LoadFailed where the
+        graph, and nothing else, failed for now, and Unreachable where the device is gone.
         """
 
     def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
         """The network's outputs, to compare with the reference; in int8 with ranges of these inputs. Raises
         NotImplementedError where no tool tells."""
+
+
+@runtime_checkable
+class Unprofiled(Protocol):
+    """A backend whose runtime does not tell what a node takes: operators cannot be measured in context."""
+
+    unprofiled: str
+    """Why, and what to do instead."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +158,9 @@ def module(name: str) -> _Module:
         found: _Module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
     except ModuleNotFoundError as error:
         raise InvalidInput(
-            f"{name} needs the package {error.name!r}", field="backend", remedy="pip install 'latency-lab[agent]'"
-        ) from error
+            f"{name} needs the package {error.name!r}", field="backend",
+            remedy=f"pip install 'latency-lab[{EXTRAS.get(error.name or '', 'agent')}]'",
+        ) from error  # fmt: skip
     return found
 
 

@@ -31,17 +31,9 @@ import onnx
 from numpy.typing import NDArray
 
 from device_agents import adb, benchmark_tools, ort_profile, xnnpack
-from device_agents.backends import (
-    Backend,
-    Check,
-    Loaded,
-    NodeTimes,
-    Options,
-    Unreachable,
-    Unsupported,
-    chosen_precision,
-)
+from device_agents.backends import Backend, Check, Loaded, LoadFailed, NodeTimes, Options, Unreachable, Unsupported
 from device_agents.benchmark_tools import NotDelegated, Row, ToolFailed
+from device_agents.settings import choice
 from lut_db.errors import InvalidInput
 from lut_db.lowering.onnx import to_onnx
 from lut_db.lowering.tflite import ModelOperator, model_operators, to_tflite
@@ -49,7 +41,7 @@ from lut_db.lowering.weights import Weights
 from lut_db.measurements import Evidence, Failure
 from lut_db.networks import Network, NetworkBuilder
 from lut_db.plans import Plan
-from lut_db.targets import Precision, Target
+from lut_db.targets import PRECISIONS, Precision, Target
 
 log = logging.getLogger("device-agent")
 
@@ -118,9 +110,9 @@ class _Setup:
     @classmethod
     def of(cls, options: Options) -> _Setup:
         given = options.settings
-        tool = _choice(given, "tool", TOOLS)
-        accelerator = _choice(given, "accelerator", ACCELERATORS)
-        precision = chosen_precision(given)
+        tool = choice(given, "tool", TOOLS)
+        accelerator = choice(given, "accelerator", ACCELERATORS)
+        precision = choice(given, "precision", PRECISIONS)
         xnnpack = _flag(given, "xnnpack", tool == "benchmark_model")
         if tool == "onnxruntime_perf_test" and accelerator == "gpu":
             raise InvalidInput(f"{tool} has no GPU on phones", field="settings.accelerator", remedy="cpu or nnapi")
@@ -151,15 +143,8 @@ class _Setup:
         return adb.Phone(adb.Address.parse(device), self.keys, self.folder, self.authorise_s)
 
 
-def _choice(given: dict[str, str], name: str, choices: Sequence[str]) -> str:
-    value = given.get(name, choices[0])
-    if value not in choices:
-        raise InvalidInput(f"{value!r} is no {name}", field=f"settings.{name}", remedy=f"one of {', '.join(choices)}")
-    return value
-
-
 def _flag(given: dict[str, str], name: str, default: bool) -> bool:
-    return _choice({name: given.get(name, str(default).lower())}, name, ("true", "false")) == "true"
+    return choice({name: given.get(name, str(default).lower())}, name, ("true", "false")) == "true"
 
 
 def _number(given: dict[str, str], name: str, default: float) -> float:
@@ -460,22 +445,28 @@ class Android:
         if profile and self.setup.accelerator == "gpu":
             raise Unsupported("the GPU delegate runs a graph as one: its operators can only be measured isolated")
         content: bytes | Path = self.tool.lower(model) if isinstance(model, Network) else model
-        path = self.phone.put(content, self.tool.suffix)
         profiled = None
         if profile:
             assert isinstance(model, Network), "only networks can be profiled"
             profiled = _Profiled(model, self.tool.lower(model) if isinstance(content, Path) else content)
         try:
+            path = self.phone.put(content, self.tool.suffix)
             first = self.start(path, 1, profiled, self.setup.timeout_s)
         except (NotDelegated, _Refused) as error:
             raise Unsupported(str(error)) from error
+        except ToolFailed as error:
+            raise LoadFailed("crashed", str(error)) from error
+        except adb.TimedOut as error:
+            raise LoadFailed("timed_out", str(error)) from error
+        except adb.NoSpace as error:  # the phone had space when the lease began: this is too large, or came last
+            raise LoadFailed("out_of_memory", str(error)) from error
         return _Model(self, path, profiled, first.latencies_ms[0])
 
     def start(self, path: str, runs: int, profiled: _Profiled | None, limit_s: float) -> _Start:
-        """Starts the tool, and once more where it crashed or said what makes no sense."""
+        """Starts the tool, and once more where it failed, crashed or said what makes no sense."""
         try:
             return self.tool.start(path, runs, profiled, limit_s)
-        except (NotDelegated, _Refused):
+        except NotDelegated:
             raise
         except ToolFailed as error:
             log.warning("%s: %s; once more", self.phone.address, error.message.partition(";")[0])

@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_agents import energy, evidence
-from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported, chosen_precision
+from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
+from device_agents.settings import choice
 from device_agents.xnnpack import attribute
 from lut_db.errors import InvalidInput
 from lut_db.lowering.int8 import Samples
@@ -36,7 +37,7 @@ from lut_db.measurements import Evidence, Failure
 from lut_db.networks import Network
 from lut_db.operators import Convolution
 from lut_db.plans import Plan
-from lut_db.targets import Precision, Target
+from lut_db.targets import PRECISIONS, Precision, Target
 
 PACKAGE = "ai-edge-litert"
 SERIES = "2.3."
@@ -55,7 +56,7 @@ def create(options: Options) -> Backend:
     xnnpack = options.settings.get("xnnpack", "on")
     if xnnpack not in ("on", "off"):
         raise InvalidInput(f"{xnnpack!r} is neither on nor off", field="settings.xnnpack", remedy="on or off")
-    precision = chosen_precision(options.settings)
+    precision = choice(options.settings, "precision", PRECISIONS)
     backend = CpuLitert(options, xnnpack == "on", evidence.huge_pages(options.settings), precision)
     if precision == "fp16":
         backend.check_fp16()

@@ -20,42 +20,29 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from device_agents import energy, evidence, ort_profile
-from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported, chosen_precision
+from device_agents import energy, evidence, ort_profile, ort_session
+from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options
+from device_agents.settings import choice
 from lut_db.errors import InvalidInput
 from lut_db.lowering.onnx import tensor_name, to_onnx
 from lut_db.lowering.weights import Weights
 from lut_db.networks import Network
-from lut_db.targets import Precision, Target
+from lut_db.targets import PRECISIONS, Precision, Target
 
-OPTIMIZATION = {
-    "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
-    "extended": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-    "basic": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    "disabled": onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
-}
-ERRORS_ONLY = 3
-INPUT_SEED = 0
 INT8_KERNELS = ("all", "extended")
 """Optimisations that put int8 kernels in place of float32 between quantisers."""
 
 SETTINGS = {
+    **ort_session.SETTING,
     "precision": "fp32 or int8; fp32 by default",
-    "graph_optimization": f"one of {', '.join(OPTIMIZATION)}; all by default",
     "huge_pages": "on or off: memory in huge pages; on by default where the system can",
     "powercap": f"the folder in which the system counts energy; {energy.POWERCAP} by default",
 }
-DTYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(int64)": np.int64,
-          "tensor(int32)": np.int32, "tensor(int8)": np.int8, "tensor(uint8)": np.uint8,
-          "tensor(float16)": np.float16, "tensor(bool)": np.bool_}  # fmt: skip
 
 
 def create(options: Options) -> Backend:
-    level = options.settings.get("graph_optimization", "all")
-    if level not in OPTIMIZATION:
-        raise InvalidInput(f"{level!r} is no level", field="settings.graph_optimization",
-                           remedy=f"one of {', '.join(OPTIMIZATION)}")  # fmt: skip
-    precision = chosen_precision(options.settings)
+    level = ort_session.level(options.settings)
+    precision = choice(options.settings, "precision", PRECISIONS)
     if precision == "fp16":
         raise InvalidInput(
             "ONNX Runtime calculates fp16 in fp32 on processors, between conversions, for want of kernels",
@@ -113,38 +100,22 @@ class CpuOnnxruntime:
         return _Session(model, self.options.threads, self.level, profile, self.precision)
 
     def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
-        model = to_onnx(network, weights, precision=self.precision, samples=[inputs])
-        session = _open(model.SerializeToString(), _settings(self.options.threads, self.level))
+        model = to_onnx(network, weights, precision=self.precision, samples=[inputs]).SerializeToString()
+        session = ort_session.open_session(model, ort_session.session_options(self.options.threads, self.level))
         named = {tensor_name(tensor): values for tensor, values in enumerate(inputs)}
         return [np.asarray(output) for output in session.run(None, named)]
 
 
-def _settings(threads: int, level: str) -> onnxruntime.SessionOptions:
-    settings = onnxruntime.SessionOptions()
-    settings.intra_op_num_threads = threads
-    settings.inter_op_num_threads = 1
-    settings.log_severity_level = ERRORS_ONLY
-    settings.graph_optimization_level = OPTIMIZATION[level]
-    return settings
-
-
-def _open(model: bytes | str, settings: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    try:
-        return onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's own exceptions have no common class
-        raise Unsupported(f"ONNX Runtime cannot load the graph: {error}") from error
-
-
 class _Session:
     def __init__(self, model: Network | Path, threads: int, level: str, profile: bool, precision: Precision):
-        settings = _settings(threads, level)
+        settings = ort_session.session_options(threads, level)
         self.folder = tempfile.TemporaryDirectory(prefix="onnxruntime-") if profile else None
         if self.folder is not None:
             settings.enable_profiling = True
             settings.profile_file_prefix = os.path.join(self.folder.name, "profile")
             settings.optimized_model_filepath = os.path.join(self.folder.name, "optimized.onnx")
         said = str(model) if isinstance(model, Path) else to_onnx(model, precision=precision).SerializeToString()
-        self.session = _open(said, settings)
+        self.session = ort_session.open_session(said, settings)
         if self.folder is not None:
             assert isinstance(model, Network), "only networks can be profiled"
             self.nodes = len(model.nodes)
@@ -152,19 +123,7 @@ class _Session:
             optimized = Path(settings.optimized_model_filepath)
             self.owners = ort_profile.owners_in_graph(onnx.load(optimized).graph, model)
             optimized.unlink()
-        random = np.random.default_rng(INPUT_SEED)
-        self.binding = self.session.io_binding()
-        for tensor in self.session.get_inputs():
-            # Sizes that a file leaves open are one.
-            shape = [size if isinstance(size, int) and size > 0 else 1 for size in tensor.shape]
-            given: NDArray = random.standard_normal(shape).astype(DTYPES[tensor.type])
-            self.binding.bind_ortvalue_input(tensor.name, onnxruntime.OrtValue.ortvalue_from_numpy(given))
-        for tensor in self.session.get_outputs():
-            if all(isinstance(size, int) and size > 0 for size in tensor.shape):
-                room: NDArray = np.zeros(tensor.shape, dtype=DTYPES[tensor.type])
-                self.binding.bind_ortvalue_output(tensor.name, onnxruntime.OrtValue.ortvalue_from_numpy(room))
-            else:
-                self.binding.bind_output(tensor.name)
+        self.binding = ort_session.bind(self.session)
 
     def time(self, runs: int) -> list[float]:
         times_ms = []

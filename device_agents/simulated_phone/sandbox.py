@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -33,6 +34,8 @@ TMP = "/data/local/tmp"
 SEARCH_PATH = "/product/bin:/system/bin:/system/xbin:/vendor/bin"
 WRITABLE = (TMP, "/storage/emulated/0")
 HOST_PATH = "/usr/bin:/bin"
+HERE = str(Path(__file__).resolve().parents[2])
+"""The folder that holds this package."""
 START_S = 20.0
 LINKS_AT_MOST = 40
 PACE_BYTES = 16
@@ -113,7 +116,8 @@ class Sandbox:
             self._script(f"/system/bin/{name}", f'exec {python} -I -S "$PHONE_ROOT/system/bin/toolbox.py" {name} "$@"')
         for name, path in self.programs.items():
             module = "device_agents.simulated_phone.programs"
-            self._script(path, f'exec {sys.executable} -m {module} {name} "$@"')
+            # This very code runs there, whether it is installed or not.
+            self._script(path, f'PYTHONPATH={shlex.quote(HERE)} exec {sys.executable} -m {module} {name} "$@"')
             if path != f"/system/bin/{name}":
                 self._link(f"system/bin/{name}", os.path.relpath(path, "/system/bin"))
         for name in ("sh", *BORROWED.split(), *BORROWED_IF_ISOLATED):
@@ -250,8 +254,7 @@ class Sandbox:
     def _borrowed_folders(self) -> list[str]:
         """Folders of this machine that programs on the phone need: the interpreter, its packages, libraries."""
         packages = [str(Path(path).resolve()) for path in sys.path if path and Path(path).is_dir()]
-        here = str(Path(__file__).resolve().parents[2])
-        wanted = ["/usr", sys.prefix, sys.base_prefix, here, *packages]
+        wanted = ["/usr", sys.prefix, sys.base_prefix, HERE, *packages]
         wanted += [f"/{name}" for name in ("lib", "lib64", "lib32") if Path(f"/{name}").is_dir()]
         found: list[str] = []
         for path in sorted(set(wanted), key=len):

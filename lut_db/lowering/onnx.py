@@ -38,8 +38,16 @@ from lut_db.operators import (
 from lut_db.targets import Precision
 
 OPSET = 20
+OLDEST_OPSET = 18
+"""Has all operators that are emitted, but the `YOUNGEST`."""
+YOUNGEST = frozenset({"Gelu"})
 IR_VERSION = 9
 """Read by every ONNX Runtime since 1.15."""
+ELEMENTS: dict[Precision, tuple[type[np.floating], int]] = {
+    "fp32": (np.float32, TensorProto.FLOAT), "fp16": (np.float16, TensorProto.FLOAT16),
+    "int8": (np.float32, TensorProto.FLOAT),
+}  # fmt: skip
+"""For each precision: the elements of inputs, outputs and weights, in numpy and in ONNX; int8 is made of float32."""
 
 
 def tensor_name(tensor: int) -> str:
@@ -60,8 +68,9 @@ def node_number(name: str) -> int | None:
 class _Emitter:
     """Collects the ONNX nodes and constants of one node of a network."""
 
-    def __init__(self, number: int, output: str, arrays: dict[str, Array]):
+    def __init__(self, number: int, output: str, arrays: dict[str, Array], dtype: type[np.floating]):
         self.prefix = f"n{number}"
+        self.dtype = dtype
         self.output = output
         self.arrays = arrays
         self.nodes: list[onnx.NodeProto] = []
@@ -73,7 +82,7 @@ class _Emitter:
         return name
 
     def weight(self, name: str, shape: Sequence[int] | None = None) -> str:
-        array = np.ascontiguousarray(self.arrays[name], dtype=np.float32)
+        array = np.ascontiguousarray(self.arrays[name], dtype=self.dtype)
         return self.constant(name, array if shape is None else array.reshape(shape))
 
     def emit(self, op_type: str, *inputs: str, part: str, last: bool = False, **attributes: Any) -> str:
@@ -85,8 +94,8 @@ class _Emitter:
         if activation == "relu":
             return self.emit("Relu", tensor, part="relu", last=last)
         if activation == "relu6":
-            low = self.constant("zero", np.float32(0))
-            high = self.constant("six", np.float32(6))
+            low = self.constant("zero", self.dtype(0))
+            high = self.constant("six", self.dtype(6))
             return self.emit("Clip", tensor, low, high, part="relu6", last=last)
         if activation == "sigmoid":
             return self.emit("Sigmoid", tensor, part="sigmoid", last=last)
@@ -162,7 +171,7 @@ def _matmul(emit: _Emitter, operator: MatMul, inputs: Sequence[str]) -> None:
         second = emit.emit("Transpose", second, part="transpose", perm=(0, 2, 1))
     product = emit.emit("MatMul", inputs[0], second, part="matmul", last=not operator.scaled)
     if operator.scaled:
-        factor = emit.constant("factor", np.float32(operator.input[2] ** -0.5))
+        factor = emit.constant("factor", emit.dtype(operator.input[2] ** -0.5))
         emit.emit("Mul", product, factor, part="scale", last=True)
 
 
@@ -308,26 +317,29 @@ _LOWERINGS: dict[type[BaseOperator], Callable[[_Emitter, Any, Sequence[str]], No
 
 def to_onnx(
     network: Network, weights: Weights | None = None, seed: int = 0, precision: Precision = "fp32",
-    samples: Samples | None = None,
+    samples: Samples | None = None, *, oldest: bool = False,
 ) -> onnx.ModelProto:  # fmt: skip
-    """The network as an ONNX model, checked; inputs `t0`, `t1`, …, outputs named after their tensors, all float32.
+    """The network as an ONNX model, checked; inputs `t0`, `t1`, …, outputs named after their tensors.
 
-    Without `weights` they are made up from `seed`. In int8 (`lut_db.lowering.qdq`) the ranges of activations are those
-    on the inputs `samples`, made up too where there are none; it takes ONNX Runtime. In fp16 runtimes calculate by
-    themselves, from a model like that of fp32. Raises InvalidInput where weights do not fit the network.
+    In fp16 weights, inputs, outputs and all between are halves. In int8 (`lut_db.lowering.qdq`) inputs and outputs are
+    float32, and the ranges of activations are those on the inputs `samples`, made up where there are none; that takes
+    ONNX Runtime. `oldest`: in the oldest version of ONNX's operators that has them all, for providers that do not know
+    the newer ones. Without `weights` they are made up from `seed`. Raises InvalidInput where weights do not fit the
+    network, or where it overflows on the samples in int8.
     """
+    dtype, element = ELEMENTS[precision]
     weights = made_up(network, seed) if weights is None else checked(network, weights)
     nodes: list[onnx.NodeProto] = []
     constants: list[onnx.TensorProto] = []
     for number, node in enumerate(network.nodes):
-        emitter = _Emitter(number, tensor_name(len(network.inputs) + number), dict(weights[number]))
+        emitter = _Emitter(number, tensor_name(len(network.inputs) + number), dict(weights[number]), dtype)
         _LOWERINGS[type(node.operator)](emitter, node.operator, [tensor_name(tensor) for tensor in node.inputs])
         nodes.extend(emitter.nodes)
         constants.extend(emitter.constants)
     shapes = network.shapes
 
     def described(tensor: int) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(tensor_name(tensor), TensorProto.FLOAT, shapes[tensor])
+        return helper.make_tensor_value_info(tensor_name(tensor), element, shapes[tensor])
 
     graph = helper.make_graph(
         nodes, f"network_{network.key}",
@@ -335,9 +347,9 @@ def to_onnx(
         [described(tensor) for tensor in network.output_tensors],
         constants,
     )  # fmt: skip
-    model = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="latency-lab"
-    )
+    young = any(node.op_type in YOUNGEST for node in nodes)
+    opset = helper.make_opsetid("", OLDEST_OPSET if oldest and not young else OPSET)
+    model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="latency-lab")
     if precision == "int8":
         model = quantized(model, samples or made_up_samples(network))
     onnx.checker.check_model(model)

@@ -198,7 +198,10 @@ class Row(Base):
 
 
 class Pending(Base):
-    """A measurement that somebody waits for: at most one for each target, plan and workload, however many ask."""
+    """A measurement that somebody waits for: at most one for each target, plan and workload, however many ask.
+
+    `failed_on` is the device on which it was tried last and failed; another one is to try it next.
+    """
 
     __tablename__ = "pending"
     __table_args__ = (
@@ -216,6 +219,7 @@ class Pending(Base):
     not_before: Mapped[datetime]
     enqueued_at: Mapped[datetime]
     last_failure: Mapped[dict[str, Any] | None]
+    failed_on: Mapped[str | None] = mapped_column(String(64))
 
 
 class Correction(Base):

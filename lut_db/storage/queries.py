@@ -28,6 +28,7 @@ from sqlalchemy import (
     exists,
     func,
     literal,
+    or_,
     select,
     text,
     true,
@@ -543,18 +544,46 @@ def any_expired(session: Session, now: datetime) -> bool:
     )
 
 
-def has_claimable(session: Session, target: str, now: datetime) -> bool:
-    """Whether something could be claimed for a target, or a lease has expired that may bring something back."""
-    waiting = exists().where(m.Pending.target == target, m.Pending.lease.is_(None), m.Pending.not_before <= now)
-    expired = exists().where(m.Lease.state == "active", m.Lease.deadline <= now)
+@dataclass(frozen=True)
+class Claimant:
+    """Who asks for what waits for a target, and when.
+
+    What failed on this device is left to another of the target that was seen after `seen_after`. What failed before
+    `failed_before` has waited long enough for another.
+    """
+
+    device: str
+    target: str
+    now: datetime
+    seen_after: datetime
+    failed_before: datetime
+
+
+def _claimable(asks: Claimant) -> tuple[ColumnElement[bool], ...]:
+    """Conditions that keep what may be claimed."""
+    others = exists().where(
+        m.DeviceTarget.target == asks.target, m.DeviceTarget.device != asks.device,
+        m.Device.name == m.DeviceTarget.device, m.Device.state == "ready", m.Device.last_seen > asks.seen_after,
+    )  # fmt: skip
+    mine = or_(
+        m.Pending.failed_on.is_(None), m.Pending.failed_on != asks.device, m.Pending.not_before <= asks.failed_before,
+        ~others,
+    )  # fmt: skip
+    return m.Pending.target == asks.target, m.Pending.lease.is_(None), m.Pending.not_before <= asks.now, mine
+
+
+def has_claimable(session: Session, asks: Claimant) -> bool:
+    """Whether something could be claimed, or a lease has expired that may bring something back."""
+    waiting = exists().where(*_claimable(asks))
+    expired = exists().where(m.Lease.state == "active", m.Lease.deadline <= asks.now)
     return bool(session.execute(select(waiting | expired)).scalar_one())
 
 
-def lock_oldest(session: Session, target: str, now: datetime) -> m.Pending | None:
-    """The oldest measurement that may be claimed for a target, held; others' claims pass over it."""
+def lock_oldest(session: Session, asks: Claimant) -> m.Pending | None:
+    """The oldest measurement that may be claimed, held; others' claims pass over it."""
     query = (
         select(m.Pending)
-        .where(m.Pending.target == target, m.Pending.lease.is_(None), m.Pending.not_before <= now)
+        .where(*_claimable(asks))
         .order_by(m.Pending.id)
         .limit(1)
         .with_for_update(skip_locked=True)
@@ -563,32 +592,34 @@ def lock_oldest(session: Session, target: str, now: datetime) -> m.Pending | Non
     return session.execute(query).scalar_one_or_none()
 
 
-def lock_alike(session: Session, oldest: m.Pending, now: datetime, limit: int) -> list[m.Pending]:
-    """Up to `limit` claimable measurements of the same table, tried as often, oldest first, held."""
+def lock_alike(session: Session, asks: Claimant, oldest: m.Pending, limit: int) -> list[m.Pending]:
+    """Up to `limit` measurements of the same table that may be claimed, tried as often, oldest first, held."""
     query = (
         select(m.Pending)
-        .where(
-            m.Pending.target == oldest.target, m.Pending.plan == oldest.plan, m.Pending.attempts == oldest.attempts,
-            m.Pending.lease.is_(None), m.Pending.not_before <= now,
-        )
+        .where(*_claimable(asks), m.Pending.plan == oldest.plan, m.Pending.attempts == oldest.attempts)
         .order_by(m.Pending.id)
         .limit(limit)
         .with_for_update(skip_locked=True)
         .execution_options(populate_existing=True)
-    )  # fmt: skip
+    )
     return list(session.scalars(query))
 
 
 def requeue(
-    session: Session, jobs: Sequence[tuple[m.Pending, Failure | None]], not_before: datetime, *, attempts: int
-) -> None:
-    """Puts leased measurements back, not to be tried before a time, `attempts` more counted, with their failures."""
+    session: Session, jobs: Sequence[tuple[m.Pending, Failure | None]], not_before: datetime, *, attempts: int,
+    failed_on: str | None = None,
+) -> None:  # fmt: skip
+    """Puts leased measurements back, not to be tried before a time, `attempts` more counted, with their failures.
+
+    `failed_on` is the device on which they were tried, where that is held against them.
+    """
     values = [
         {
             "job": job.id,
             "tried": job.attempts + attempts,
             "moment": not_before,
             "why": failure.model_dump(mode="json") if failure else job.last_failure,
+            "where": failed_on or job.failed_on,
         }
         for job, failure in jobs
     ]
@@ -598,9 +629,10 @@ def requeue(
             update(table)
             .where(table.c.id == bindparam("job"))
             .values(
-                lease=None, attempts=bindparam("tried"), not_before=bindparam("moment"), last_failure=bindparam("why")
+                lease=None, attempts=bindparam("tried"), not_before=bindparam("moment"),
+                last_failure=bindparam("why"), failed_on=bindparam("where"),
             )
-        )
+        )  # fmt: skip
         session.execute(change, values)
 
 

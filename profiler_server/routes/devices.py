@@ -108,7 +108,8 @@ class _Claim:
         """Whether something waits, found out without a lock; notes now and then that the device is there."""
         with self._lab.database.read() as session:
             now = queries.clock(session)
-            worth = queries.has_claimable(session, self._asked.target, now)
+            asks = leasing.claimant(self._name, self._asked.target, now, self._lab.settings)
+            worth = queries.has_claimable(session, asks)
             (view,) = queries.read_devices(session, name=self._name)
         if view.silent_s > self._seen_s:
             with self._lab.database.write() as session:

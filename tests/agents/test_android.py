@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from phones import phone as running_phone
 from test_measuring import ONE_OF_EACH, lease, light
 
 from device_agents import adb, backends
-from device_agents.backends import Backend, Options, Unreachable, Unsupported, android
+from device_agents.backends import Backend, LoadFailed, Options, Unreachable, Unsupported, android
 from device_agents.bench import bench_file
 from device_agents.benchmark_tools import ToolFailed
 from device_agents.child import Job
@@ -22,6 +24,7 @@ from device_agents.measuring import measure
 from lut_db.errors import InvalidInput, MeasurementRefused
 from lut_db.lowering.onnx import to_onnx
 from lut_db.lowering.tflite import to_tflite
+from lut_db.measurements import Failure
 from lut_db.networks import Network, NetworkBuilder
 from lut_db.operators import Convolution, Upsample
 from lut_db.wire import Report
@@ -73,7 +76,8 @@ def history(simulated: RunningPhone, start: str) -> list[str]:
 
 
 def small(activation: str = "relu") -> Network:
-    return Network.of(Convolution(input=(1, 8, 8, 8), filters=8, kernel=(1, 1), activation=activation))
+    """Small, but not faster than the ticks of benchmark_model's timer."""
+    return Network.of(Convolution(input=(1, 16, 28, 28), filters=16, kernel=(3, 3), activation=activation))
 
 
 @pytest.mark.parametrize("tool", TOOLS)
@@ -142,6 +146,19 @@ def test_models_are_pushed_once(make, simulated: RunningPhone) -> None:  # type:
     make().load(network, profile=True)
     make().load(network, profile=False)
     assert len(history(simulated, "push")) == before
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_files_on_a_phone_are_called_by_their_hashes(make, simulated: RunningPhone, tool: str) -> None:  # type: ignore[no-untyped-def]
+    backend = make(tool=tool)
+    before = len(history(simulated, "push"))
+    measure(backend, lease(backend, light(backend, carriers=2), operators=ONE_OF_EACH[5:9]))
+    pushed = history(simulated, "push")[before:]
+    assert pushed
+    for line in pushed:
+        assert re.fullmatch(rf"push {adb.FOLDER}/models/\.[0-9a-f]{{64}}\.(tflite|onnx)\.part", line), line
+    for path in (simulated.root / adb.FOLDER[1:] / "models").iterdir():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.stem
 
 
 def test_samples_are_raw_where_the_tool_tells_them(make) -> None:  # type: ignore[no-untyped-def]
@@ -223,8 +240,14 @@ def test_runs_that_go_wrong(make, simulated: RunningPhone, tool: str) -> None:  
     with pytest.raises(ToolFailed, match="signal 11"):
         loaded.time(3)
     simulated.control.fault("fail-run")
+    backend.load(small(), profile=False)
+    simulated.control.fault("fail-run", times=2)
     with pytest.raises(Unsupported, match="exit code"):
         backend.load(small(), profile=False)
+    simulated.control.fault("crash-run", times=2)
+    with pytest.raises(LoadFailed, match="signal 11") as crashed:
+        backend.load(small(), profile=False)
+    assert crashed.value.cause == "crashed"
     simulated.control.fault("drop-run")
     with pytest.raises(Unreachable):
         loaded.time(3)
@@ -251,7 +274,7 @@ def test_a_phone_that_is_lost_in_a_lease_serves_the_next(
     fault: str,
     after: float,  # type: ignore[no-untyped-def]
 ) -> None:
-    operator = Convolution(input=(1, 8, 8, 8), filters=int(after * 4) % 61 + 3, kernel=(1, 1))  # not pushed before
+    operator = Convolution(input=(1, 16, 28, 28), filters=int(after * 4) % 61 + 3, kernel=(3, 3))  # not pushed before
     backend = make()
     backend.ready()
     asked = lease(backend, light(backend, context="isolated", carriers=1), operators=(operator,))
@@ -278,8 +301,9 @@ def test_storage_that_is_full(make, simulated: RunningPhone) -> None:  # type: i
     backend = make()
     backend.phone.run(f"rm -rf {adb.FOLDER}")
     simulated.control.fault("no-space", after=100)
-    with pytest.raises(Unreachable, match="no space"):
+    with pytest.raises(LoadFailed, match="no space") as full:
         backend.load(small("hard_swish"), profile=False)
+    assert full.value.cause == "out_of_memory"
     backend.load(small("hard_swish"), profile=False)
 
 
@@ -287,19 +311,28 @@ def test_garbage_in_a_lease_becomes_a_failure_that_keeps_it(make, options: Optio
     backend = make()
     asked = lease(backend, light(backend, context="isolated", carriers=1), operators=ONE_OF_EACH[:1])
     (tmp_path / "job.json").write_text(Job(backend="android", options=options, lease=asked).model_dump_json())
+
+    def serve() -> Failure | None:
+        with (tmp_path / "log").open("w") as log, subprocess.Popen(
+            [sys.executable, "-m", "device_agents.child", str(tmp_path)], stdin=subprocess.PIPE, stdout=log, stderr=log
+        ) as child:  # fmt: skip
+            assert child.wait() == 0, (tmp_path / "log").read_text()
+        return Report.model_validate_json((tmp_path / "report.json").read_bytes()).measurements[0].failure
+
     simulated.control.fault("garbage", times=50)
-    with (tmp_path / "log").open("w") as log, subprocess.Popen(
-        [sys.executable, "-m", "device_agents.child", str(tmp_path)], stdin=subprocess.PIPE, stdout=log, stderr=log
-    ) as child:  # fmt: skip
-        assert child.wait() == 1
-    assert "count=7 curr=" in (tmp_path / "log").read_text()[-2000:]
+    failure = serve()
+    assert failure is not None
+    assert failure.cause == "unreachable", "not even the canary runs"
+    assert "count=7 curr=" in failure.message
     simulated.control.clear()
-    with (tmp_path / "log").open("w") as log, subprocess.Popen(
-        [sys.executable, "-m", "device_agents.child", str(tmp_path)], stdin=subprocess.PIPE, stdout=log, stderr=log
-    ) as child:  # fmt: skip
-        assert child.wait() == 0, (tmp_path / "log").read_text()
-    report = Report.model_validate_json((tmp_path / "report.json").read_bytes())
-    assert report.measurements[0].failure is None
+    model = hashlib.sha256(to_tflite(Network.of(ONE_OF_EACH[0]))).hexdigest()
+    simulated.control.fault("garbage", times=50, match=model)
+    failure = serve()
+    assert failure is not None
+    assert failure.cause == "crashed"
+    assert "count=7 curr=" in failure.message
+    simulated.control.clear()
+    assert serve() is None
 
 
 def test_a_hot_bench_is_refused(make, simulated: RunningPhone, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -268,6 +268,15 @@ def test_anything_unexpected_is_refused_and_kept(change: tuple[str, str], why: s
     assert changed.strip()[-200:] in str(caught.value)
 
 
+def test_short_runs_are_told_by_their_mean() -> None:
+    """The median of whole microseconds would be off by a third."""
+    said = NEWEST.replace(
+        "first=14850 curr=13315 min=13105 max=15765 avg=13920.2 std=470 p5=13105 median=13460 p95=15765",
+        "first=2 curr=1 min=1 max=2 avg=1.4 std=0 p5=1 median=1 p95=2",
+    ).replace("Inference (avg): 13920.2", "Inference (avg): 1.4")
+    assert parse_benchmark(said, 5, profiled=True).latency_ms == pytest.approx(0.0014)
+
+
 def test_faster_than_the_tick() -> None:
     with pytest.raises(ToolFailed, match="tick"):
         parse_benchmark(OLDEST.replace("curr=178", "curr=0").replace("stats: 178", "stats: 0"), 1)

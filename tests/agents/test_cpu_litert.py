@@ -18,6 +18,7 @@ from device_agents.xnnpack import attribute
 from lut_db.canary import canary
 from lut_db.errors import InvalidInput
 from lut_db.lowering.tflite import ModelOperator, model_operators, to_tflite
+from lut_db.lowering.torch import to_torch
 from lut_db.lowering.weights import made_up
 from lut_db.networks import Network
 from lut_db.operators import (
@@ -37,7 +38,6 @@ from lut_db.operators import (
 )
 from lut_db.plans import Plan
 from search_client import networks
-from search_client.sliced import reference
 
 MAP, TOKENS = (1, 8, 12, 12), (2, 8, 8)
 SOME: tuple[Activation, ...] = ("relu", "hard_swish", "hard_sigmoid", "sigmoid", "gelu")
@@ -85,7 +85,7 @@ def test_it_computes_what_the_reference_does(backend: backends.Backend, kind: st
         random = np.random.default_rng(1)
         inputs = [random.standard_normal(shape, dtype=np.float32) for shape in network.inputs]
         with torch.inference_mode():
-            expected = reference(network, weights)(*map(torch.from_numpy, inputs))
+            expected = to_torch(network, weights)(*map(torch.from_numpy, inputs))
         (found,) = backend.compute(network, weights, inputs)
         error = np.sqrt(np.square(found - expected.numpy()).mean())
         size = np.sqrt(np.square(expected.numpy()).mean())

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from gpus import gpu_backend
 from phones import RunningPhone
 from phones import phone as running_phone
 
 from device_agents import backends
-from device_agents.backends import Options, Unsupported
+from device_agents.backends import LoadFailed, Options, Unprofiled, Unsupported
 from device_agents.measuring import measure
 from lut_db.canary import canary
 from lut_db.errors import InvalidInput
@@ -75,12 +76,15 @@ ONE_OF_EACH: tuple[Operator, ...] = (
 )
 # Other tests may run beside these: what is tested is that figures come, not that they are quiet.
 CALM = {"load_tolerance": 64.0, "drift_tolerance": 50.0}
+ALL_RUNS = ("round_runs", "min_runs", "max_runs")
 LIGHT = {"warmup_runs": 1, "round_runs": 2, "min_runs": 6, "max_runs": 6, **CALM}
 
 
 VARIANTS: dict[str, tuple[dict[str, str], ...]] = {
     "cpu-onnxruntime": ({}, {"precision": "int8"}),
     "cpu-litert": ({}, {"precision": "int8"}, {"precision": "fp16"}),
+    "cuda-torch": ({}, {"precision": "fp16"}),
+    "cuda-onnxruntime": ({}, {"precision": "fp16"}),
     "android": (
         {"tool": "benchmark_model"}, {"tool": "benchmark_model", "precision": "int8"},
         {"tool": "benchmark_model", "precision": "fp16"}, {"tool": "onnxruntime_perf_test"},
@@ -104,13 +108,14 @@ def phone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningPho
 
 
 @pytest.fixture(params=TRIED, ids=lambda variant: "-".join((variant[0], *variant[1].values())))
-def backend(request: pytest.FixtureRequest) -> backends.Backend:
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
+    """Each backend; what needs a GPU or kernels of fp16 is skipped, with what is lacking, where there is none."""
     name, settings = request.param
     if name == "android":
         running, keys = request.getfixturevalue("phone")
         settings = {**settings, "devices": running.serial, "keys": str(keys)}
     try:
-        return backends.create(name, Options(settings=settings))
+        return gpu_backend(name, settings, monkeypatch)
     except InvalidInput as refused:
         if settings.get("precision") != "fp16":
             raise
@@ -118,8 +123,11 @@ def backend(request: pytest.FixtureRequest) -> backends.Backend:
 
 
 def light(backend: backends.Backend, **fields) -> Plan:
-    """A plan of few runs, in one round where every start of a tool is dear."""
-    return Plan(**{**LIGHT, **({} if backend.burst else {"round_runs": LIGHT["max_runs"]}), **fields})
+    """A plan of few runs; where every start of a tool is dear, and its timer coarse, of one round of more; in context
+    where nodes have times."""
+    rounds = {} if backend.burst else dict.fromkeys(ALL_RUNS, 30)
+    context = {"context": "isolated"} if isinstance(backend, Unprofiled) else {}
+    return Plan(**{**LIGHT, **rounds, **context, **fields})
 
 
 def lease(backend: backends.Backend, plan: Plan, **fields) -> Lease:
@@ -135,6 +143,11 @@ def test_every_kind_is_measured(backend: backends.Backend, context: str) -> None
     plan = light(backend, context=context, carriers=2 if backend.burst else 1)
     report = measure(backend, lease(backend, plan, operators=ONE_OF_EACH))
     assert [m.key for m in report.measurements] == [operator.key for operator in ONE_OF_EACH]
+    if isinstance(backend, Unprofiled) and context == "in_context":
+        whys = {(m.failure.cause, m.failure.message) for m in report.measurements if m.failure}
+        assert whys == {("unsupported", backend.unprofiled)}
+        assert all(m.failure for m in report.measurements)
+        return
     for operator, measurement in zip(ONE_OF_EACH, report.measurements, strict=True):
         assert measurement.failure is None, (operator, measurement.failure)
         assert (measurement.latency_ms or 0) > 0
@@ -160,6 +173,8 @@ def test_whole_networks_are_measured(backend: backends.Backend) -> None:
 
 @IN_FP32
 def test_known_operators_show_drift(backend: backends.Backend) -> None:
+    if isinstance(backend, Unprofiled):
+        pytest.skip(f"there are no carriers to fill up: {backend.unprofiled}")
     wanted, filler = ONE_OF_EACH[0], ONE_OF_EACH[4]
     plan = light(backend, carriers=3)
     asked = lease(backend, plan, operators=(wanted,), fillers=(filler,), known_ms={filler.key: 1e-6})
@@ -172,6 +187,8 @@ def test_known_operators_show_drift(backend: backends.Backend) -> None:
 def test_a_busy_machine_is_refused(backend: backends.Backend) -> None:
     if backend.burst is None:
         pytest.skip("what else runs on a phone is not known; its heat and its canary are")
+    if backend.target().runtime == "torch":
+        pytest.skip("the host has no part in a graph that is replayed on a GPU")
     plan = light(backend, load_tolerance=1e-9, max_runs=40, min_runs=40)
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         try:
@@ -210,7 +227,43 @@ def test_what_does_not_load_is_a_failure_and_the_rest_is_measured(
     assert report.measurements[1].latency_ms is not None
 
 
+def test_what_crashes_its_runtime_is_a_failure_and_the_rest_is_measured(
+    backend: backends.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, good = ONE_OF_EACH[0], ONE_OF_EACH[4]
+    load = backend.load
+
+    def crashing(network: Network, *, profile: bool) -> backends.Loaded:
+        if bad in network.operators:
+            raise LoadFailed("crashed", "signal 11")
+        return load(network, profile=profile)
+
+    monkeypatch.setattr(backend, "load", crashing)
+    plan = light(backend, context="isolated", carriers=1)
+    report = measure(backend, lease(backend, plan, operators=(bad, good)))
+    assert report.measurements[0].failure is not None
+    assert report.measurements[0].failure.cause == "crashed"
+    assert report.measurements[1].latency_ms is not None
+
+
+@pytest.mark.parametrize("error", [Unsupported("no such thing"), LoadFailed("crashed", "signal 11")])
+def test_a_device_that_cannot_run_the_canary_says_nothing_of_operators(
+    backend: backends.Backend, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def broken(network: Network, *, profile: bool) -> backends.Loaded:
+        raise error
+
+    monkeypatch.setattr(backend, "load", broken)
+    report = measure(backend, lease(backend, light(backend), operators=ONE_OF_EACH[:2]))
+    assert [m.failure.cause for m in report.measurements if m.failure] == ["unreachable"] * 2
+    assert report.canary_ms is None
+
+
 def test_a_profile_adds_up_over_the_nodes(backend: backends.Backend) -> None:
+    if isinstance(backend, Unprofiled):
+        with pytest.raises(Unsupported, match="profile"):
+            backend.load(canary(), profile=True)
+        return
     loaded = backend.load(canary(), profile=True)
     told = len(loaded.time(4))
     assert told == 4 or (told == 1 and backend.burst is None)

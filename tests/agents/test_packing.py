@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from math import prod
 
 import onnxruntime
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operators_at_random import ANY
 
-from device_agents.packing import pack
+from device_agents.packing import ROOM_ACTIVATIONS, ROOM_PARAMETERS, pack
 from lut_db.canary import canary
 from lut_db.lowering.onnx import to_onnx
-from lut_db.operators import Activate, Add, Convolution, Operator, Pool, SqueezeExcite
+from lut_db.operators import Activate, Add, Convolution, Linear, Operator, Pool, SqueezeExcite
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -69,6 +70,18 @@ def test_two_tables_do_not_follow_each_other() -> None:
                 assert getattr(makers[0].operator, "activation", "none") != "hard_sigmoid"
             if node.operator == addition:
                 assert all(maker.operator != sigmoid or maker.inputs[0] not in node.inputs for maker in makers)
+
+
+def test_a_carrier_holds_no_more_than_a_device_can() -> None:
+    """Each of these may be there; forty in one graph would be 40 GiB of weights, or of activations."""
+    heavy = [Linear(input=(1, 1 << 14), features=(1 << 14) - number) for number in range(40)]
+    wide = [Activate(input=(1, 256, 1 << 10, (1 << 10) - number), activation="relu") for number in range(20)]
+    for operators in (heavy, wide):
+        packed = pack(operators, [], 1, 40, 0)
+        assert {key for carrier in packed for key in carrier.places.values()} == {o.key for o in operators}
+        for carrier in packed:
+            assert carrier.network.parameters <= 2 * ROOM_PARAMETERS
+            assert sum(prod(shape) for shape in carrier.network.shapes) <= 2 * ROOM_ACTIVATIONS
 
 
 def test_a_carrier_runs() -> None:

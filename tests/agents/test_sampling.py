@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from device_agents.sampling import Timed, chosen, decide, half_width, sample, statistic
+from device_agents import sampling
+from device_agents.sampling import (
+    CANARY_RUNS,
+    CANARY_WAKE_RUNS,
+    WAKE_RUNS,
+    Timed,
+    chosen,
+    decide,
+    half_width,
+    sample,
+    statistic,
+)
 from lut_db.plans import Plan, Statistic
 
 LATENCIES = st.lists(st.floats(0.001, 1e4), min_size=4, max_size=200)
@@ -78,19 +89,30 @@ def recording(calls: list[str], name: str):
     return time
 
 
-def test_every_visit_follows_a_canary() -> None:
+def test_what_is_counted_was_run_with_warm_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "LOOK_S", 0.0)
     calls: list[str] = []
     plan = Plan(warmup_runs=2, round_runs=3, min_runs=6, settle_runs=6, max_runs=6)
     canaries = [recording(calls, name) for name in ("canary 0", "canary 1")]
     sampled = sample([recording(calls, name) for name in "ab"], canaries, plan, seed=0)
-    assert sum(map(len, sampled.canaries_ms)) == 5, "before each of four visits, and at the end"
+    assert sum(map(len, sampled.canaries_ms)) == 5 * CANARY_RUNS, "before each of four visits, and at the end"
     assert calls[:4] == ["a", "a", "b", "b"]
     visits = [list(group) for _, group in groupby(calls[4:])]
     assert [visit[0][:6] == "canary" for visit in visits] == [True, False] * 4 + [True]
-    for name, record in zip("ab", sampled.graphs, strict=True):
+    assert [len(visit) for visit in visits] == [CANARY_WAKE_RUNS + CANARY_RUNS, WAKE_RUNS + 3] * 4 + [
+        CANARY_WAKE_RUNS + CANARY_RUNS
+    ]
+    for record in sampled.graphs:
         assert record.done == len(record.times_ms) == 6
-        assert record.positions == [3, 4, 5, 7, 8, 9], "after two to warm up and one to wake up in each visit"
-        assert calls.count(name) == 10
+        first, second = 2 + WAKE_RUNS, 2 + WAKE_RUNS + 3 + WAKE_RUNS
+        assert record.positions == [*range(first, first + 3), *range(second, second + 3)]
+
+
+def test_small_graphs_share_a_look_at_the_canary(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "LOOK_S", 3600.0)
+    plan = Plan(round_runs=3, min_runs=6, settle_runs=6, max_runs=6)
+    sampled = sample([recording([], "a")] * 50, [recording([], "canary")], plan, seed=0)
+    assert len(sampled.canaries_ms[0]) == 2 * CANARY_RUNS, "at the start and at the end"
 
 
 def test_a_tool_that_tells_means_is_run_in_rounds() -> None:
@@ -101,7 +123,7 @@ def test_a_tool_that_tells_means_is_run_in_rounds() -> None:
         return [1.0]
 
     plan = Plan(warmup_runs=2, round_runs=5, min_runs=20, settle_runs=20, max_runs=20)
-    sampled = sample([mean_of], [lambda runs: [2.0] * runs], plan, seed=0, burst=None)
+    sampled = sample([mean_of], [lambda runs: [2.0] * runs], plan, seed=0, starts=True)
     (record,) = sampled.graphs
     assert asked == [2, 5, 5, 5, 5]
     assert record.done == 20

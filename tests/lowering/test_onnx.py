@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from operators_at_random import ANY
+from operators_at_random import ANY, BY_KIND
 
 from device_agents.packing import pack
 from lut_db.canary import canary
-from lut_db.lowering.onnx import node_number, to_onnx
+from lut_db.lowering.onnx import ELEMENTS, OLDEST_OPSET, OPSET, node_number, tensor_name, to_onnx
+from lut_db.lowering.torch import to_torch
+from lut_db.lowering.weights import made_up
 from lut_db.networks import Network, NetworkBuilder
-from lut_db.operators import Activate, Convolution, Operator, SqueezeExcite, Upsample, same_padding
+from lut_db.operators import KINDS, Activate, Convolution, Operator, SqueezeExcite, Upsample, same_padding
+from lut_db.targets import Precision
 
 CONVERSIONS = {"QuantizeLinear", "DequantizeLinear"}
 WITH_KERNELS = {
@@ -23,6 +28,8 @@ WITH_KERNELS = {
     "Softmax", "Sigmoid",
 }  # fmt: skip
 """What runs on float32 only where no int8 kernel took its place."""
+HALF_TOLERANCE = 2e-2
+"""Of the largest element: halves have eleven bits, and a sum of many loses some."""
 
 
 def optimized(network: Network, folder: Path) -> onnx.GraphProto:
@@ -65,6 +72,18 @@ def test_a_network_is_converted_at_its_border_and_around_what_has_no_kernel(fold
     assert {readers.get(node.output[0], "output") for node in dequantizers} == {"output", "HardSigmoid"}
 
 
+def test_int8_is_the_same_in_the_oldest_version() -> None:
+    network = canary()
+    inputs = {tensor_name(i): np.ones(shape, np.float32) for i, shape in enumerate(network.inputs)}
+    found = []
+    for oldest, version in ((False, OPSET), (True, OLDEST_OPSET)):
+        model = to_onnx(network, precision="int8", oldest=oldest)
+        assert [opset.version for opset in model.opset_import] == [version]
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        found.append(session.run(None, inputs)[0])
+    np.testing.assert_array_equal(*found)
+
+
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
 def test_a_clamp_that_stands_alone_is_not_left_out(folder: Path, activation: str) -> None:
     """Even where nothing below zero comes: what is behind it would seem to take no time."""
@@ -82,3 +101,31 @@ def test_a_clamp_that_stands_alone_is_not_left_out(folder: Path, activation: str
     assert [node.op_type for node in graph.node if node.name.startswith("n3/") and node.op_type not in CONVERSIONS] == [
         "Relu" if activation == "relu" else "Clip"
     ]
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", HALF_TOLERANCE)])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_the_oldest_version_and_halves_come_close_to_the_reference(
+    kind: str, precision: Precision, tolerance: float
+) -> None:
+    dtype, element = ELEMENTS[precision]
+
+    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(operator=BY_KIND[kind])
+    def check(operator: Operator) -> None:
+        network = Network.of(operator)
+        weights = made_up(network)
+        model = to_onnx(network, weights, precision=precision, oldest=True)
+        young = getattr(operator, "activation", "") == "gelu"
+        assert [opset.version for opset in model.opset_import] == [OPSET if young else OLDEST_OPSET]
+        described = (*model.graph.input, *model.graph.output)
+        assert {tensor.type.tensor_type.elem_type for tensor in described} == {element}
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        rng = np.random.default_rng(0)
+        inputs = [rng.standard_normal(shape, dtype=np.float32) for shape in network.inputs]
+        (found,) = session.run(None, {tensor_name(i): x.astype(dtype) for i, x in enumerate(inputs)})
+        with torch.inference_mode():
+            wanted = to_torch(network, weights)(*map(torch.from_numpy, inputs)).numpy()
+        np.testing.assert_allclose(found, wanted, atol=tolerance * max(1.0, np.abs(wanted).max()))
+
+    check()

@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from networks_at_random import architectures, closeness, descriptions, used_batch_norm
 
 from lut_db.errors import InvalidInput
+from lut_db.lowering.torch import activate
 from search_client import networks
 from search_client.architecture import Architecture
 from search_client.description import Block, Conv, Description, Linear
-from search_client.elastic import Sample, SuperNetwork, activate, centre
+from search_client.elastic import Sample, SuperNetwork, centre
 from search_client.ordered_dropout import draw
 from search_client.sliced import slice_network
 

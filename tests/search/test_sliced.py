@@ -12,6 +12,7 @@ from networks_at_random import architectures, closeness, descriptions, used_batc
 from torch import nn
 
 from lut_db.errors import InvalidInput
+from lut_db.lowering.torch import RUN, to_torch
 from lut_db.lowering.weights import made_up
 from lut_db.networks import Network
 from lut_db.operators import KINDS
@@ -19,7 +20,7 @@ from search_client import networks, sliced
 from search_client.architecture import Architecture
 from search_client.elastic import SuperNetwork
 from search_client.ordered_dropout import draw
-from search_client.sliced import ExportRefused, export_onnx, fold, fresh, parameter_count, reference, slice_network
+from search_client.sliced import ExportRefused, export_onnx, fold, fresh, parameter_count, slice_network
 
 
 @settings(max_examples=60, deadline=None)
@@ -98,7 +99,7 @@ def test_folding_keeps_the_function() -> None:
 
 
 def test_every_kind_can_be_run() -> None:
-    assert set(sliced._RUN) == set(KINDS)
+    assert set(RUN) == set(KINDS)
 
 
 def test_asymmetric_padding_and_averages_at_the_border() -> None:
@@ -110,13 +111,13 @@ def test_asymmetric_padding_and_averages_at_the_border() -> None:
     wanted = nn.functional.conv2d(
         nn.functional.pad(x, (1, 1, 0, 2)), torch.from_numpy(weights[0]["weight"]), torch.from_numpy(weights[0]["bias"])
     )
-    assert torch.allclose(reference(convolution, weights)(x), wanted, atol=1e-6)
+    assert torch.allclose(to_torch(convolution, weights)(x), wanted, atol=1e-6)
     pool = Network.of(Pool(input=(1, 2, 6, 6), kernel=(3, 3), stride=(2, 2), padding=(1, 1, 0, 0), mode="average"))
-    assert torch.allclose(reference(pool, [{}])(x)[0, 0, 0, 0], x[0, 0, :2, :2].mean(), atol=1e-6)
+    assert torch.allclose(to_torch(pool, [{}])(x)[0, 0, 0, 0], x[0, 0, :2, :2].mean(), atol=1e-6)
 
 
 def test_weights_of_another_network_are_refused() -> None:
     description = networks.load("digits", image_size=8)
     network = description.network(description.space.full)
     with pytest.raises(InvalidInput, match="weights"):
-        reference(network, made_up(network)[:-1])
+        to_torch(network, made_up(network)[:-1])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import httpx
@@ -13,8 +14,8 @@ from sqlalchemy import event, text
 from tables_kit import PLAN, TARGET, WHOLE_PLAN, chain, conv, convs, failed, make_device, make_target, measured
 
 from lut_db.estimates import Correction, Fit
-from lut_db.measurements import Measurement, Status
-from lut_db.operators import Operator
+from lut_db.measurements import MAX_SAMPLES, Measurement, Status
+from lut_db.operators import Linear, Operator
 from lut_db.storage import models as m
 from lut_db.storage import queries
 from lut_db.wire import Calibration, DeviceState, Lease, Lookup, NetworksAnswer, Page, Pin, ReportOutcome, RowDetail
@@ -604,6 +605,110 @@ def test_failures_are_tried_three_times_unless_nothing_can_help(lab_on_both: Lab
     assert {row.status for row in rows.values()} == {Status.FAILED}
     assert "signal 11" in (rows[crashing].message or "")
     assert lab.lookup(pin.id, convs(3)).networks[-1].status is Status.FAILED
+
+
+def test_what_failed_on_one_device_goes_to_another_first(start_server, database_url: str) -> None:
+    lab = Lab(start_server(database_url, reference_operators=0).client)
+    for name in ("bench", "second"):
+        lab.register(name)
+    crashing, other = convs(2)
+    pin = lab.pin()
+    lab.lookup(pin.id, convs(1))
+    lease = lab.must_lease("bench")
+    lab.report(lease.token, failed(crashing, "crashed", "signal 11"))
+    assert lab.lease("bench") is None, "the other one may try it first"
+    lab.lookup(pin.id, convs(2))
+    assert [operator.key for operator in lab.must_lease("bench").operators] == [other], "it goes on meanwhile"
+    lease = lab.must_lease("second", wait_s=30.0)
+    assert [operator.key for operator in lease.operators] == [crashing]
+    lab.report(lease.token, failed(crashing, "timed_out"))
+    assert lab.lease("second") is None
+    lease = lab.must_lease("bench")  # gives up the lease it held, whose measurement comes back too
+    assert {operator.key for operator in lease.operators} <= {crashing, other}
+    lab.report(lease.token, *(measured(operator.key) for operator in lease.operators))
+    assert {lab.device(name).state for name in ("bench", "second")} == {"ready"}
+
+
+def test_the_last_device_tries_again_what_failed_on_it(start_server, database_url: str) -> None:
+    """One that is silent, quarantined or does not take it keeps nobody waiting."""
+    server = start_server(database_url, reference_operators=0, lost_after_s=0.5, elsewhere_s=86_400)
+    lab = Lab(server.client)
+    (crashing,) = convs(1)
+    for name in ("bench", "second"):
+        lab.register(name)
+    lab.lookup(lab.pin().id, convs(1))
+    lab.report(lab.must_lease("bench").token, failed(crashing, "crashed"))
+    assert lab.must_lease("bench", wait_s=30.0).operators[0].key == crashing, "second is lost by now"
+    with server.lab.database.write() as session:
+        queries.quarantine(session, "second", "for a test")
+        queries.see_device(session, "second", queries.clock(session) + timedelta(days=1))
+    assert lab.must_lease("bench").operators[0].key == crashing, "second is quarantined"
+
+
+def test_a_device_that_never_takes_it_keeps_nobody_waiting_for_ever(start_server, database_url: str) -> None:
+    lab = Lab(start_server(database_url, reference_operators=0, elsewhere_s=0.5).client)
+    (crashing,) = convs(1)
+    for name in ("bench", "second"):
+        lab.register(name)
+    lab.lookup(lab.pin().id, convs(1))
+    lab.report(lab.must_lease("bench").token, failed(crashing, "crashed"))
+    assert lab.must_lease("bench", wait_s=30.0).operators[0].key == crashing
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"latency_ms": "NaN"}, "body"), ({"latency_ms": "Infinity"}, "body"), ({"latency_ms": "1e999"}, "body"),
+        ({"latency_ms": "-1.0"}, "measurements.0.latency_ms"), ({"latency_ms": "0"}, "measurements.0.latency_ms"),
+        ({"latency_ms": "1e9"}, "measurements.0.latency_ms"),
+        ({"half_width_ms": "-1"}, "measurements.0.half_width_ms"),
+        ({"energy_j": "-1"}, "measurements.0.energy_j"), ({"spread": "-0.5"}, "measurements.0.spread"),
+        ({"samples": "[]"}, "measurements.0"), ({"canary_ms": "0"}, "canary_ms"), ({"canary_ms": "1e12"}, "canary_ms"),
+        ({"samples_ms": "[-3.0]"}, "measurements.0.samples.0.samples_ms.0"),
+        ({"samples_ms": "[1e12]"}, "measurements.0.samples.0.samples_ms.0"),
+        ({"counted": "[7]"}, "measurements.0.samples.0"), ({"slowness": "0"}, "measurements.0.samples.0.slowness"),
+        ({"samples_ms": "[" + "1.0," * MAX_SAMPLES + "1.0]"}, "measurements.0.samples.0.samples_ms"),
+        ({"carrier": '"' + "x" * 1000 + '"'}, "measurements.0.samples.0.carrier"),
+    ],
+)  # fmt: skip
+def test_nonsense_from_an_agent_is_refused(lab: Lab, change: dict[str, str], field: str) -> None:
+    key = conv(0).key
+    lab.lookup(lab.pin().id, convs(1))
+    lease = lab.must_lease()
+    said = {
+        "key": f'"{key}"', "latency_ms": "1.0", "half_width_ms": "0.1", "spread": "0", "energy_j": "0.1",
+        "stop": '"settled"', "canary_ms": "0.2", "carrier": f'"{key}"', "samples_ms": "[1.0]", "counted": "[0]",
+        "slowness": "1.0",
+    }  # fmt: skip
+
+    def write(names: tuple[str, ...], **more: str) -> str:
+        values = {**{name: said[name] for name in names}, **more}
+        return "{" + ",".join(f'"{name}":{value}' for name, value in values.items()) + "}"
+
+    def body() -> str:
+        sample = write(("carrier", "samples_ms", "counted", "slowness"))
+        names = ("key", "latency_ms", "half_width_ms", "spread", "energy_j", "stop")
+        measurement = write(names, samples=said.get("samples", f"[{sample}]"))
+        return write(("canary_ms",), measurements=f"[{measurement}]")
+
+    sound = body()
+    said |= change
+    json_text = {"content-type": "application/json"}
+    answer = lab.client.post(f"/v1/leases/{lease.token}/results", content=body(), headers=json_text)
+    assert (answer.status_code, answer.json()["field"]) == (422, field), answer.text[:500]
+    assert answer.json()["detail"]
+    assert lab.rows().rows == ()
+    answer = lab.client.post(f"/v1/leases/{lease.token}/results", content=sound, headers=json_text)
+    assert answer.json()["outcome"] == "accepted", "the lease still holds"
+
+
+def test_networks_too_large_as_a_whole_are_refused(lab: Lab) -> None:
+    gibibyte = Linear(input=(1, 1 << 14), features=1 << 14).model_dump(mode="json")
+    network = {"inputs": [[1, 1 << 14]], "nodes": [{"operator": gibibyte, "inputs": [number]} for number in range(50)]}
+    answer = lab.client.post(f"/v1/targets/{TARGET.key}/networks", json={"networks": [network]})
+    assert answer.status_code == 422
+    assert answer.json()["field"] == "networks.0"
+    assert "weights in all" in answer.json()["detail"]
 
 
 def test_long_polls_end_when_work_comes(lab: Lab) -> None:

@@ -171,7 +171,7 @@ def test_the_queue_holds_each_once_and_nothing_that_has_a_row(database: Database
         assert queries.enqueue(session, TARGET.key, PLAN.key, keys, now) == 0
         assert queries.enqueue(session, TARGET.key, PLAN.key, keys, now, again=True) == 1
         assert queries.read_queue(session, TARGET.key, now) == queries.Queue(pending=5)
-        oldest = queries.lock_oldest(session, TARGET.key, now)
+        oldest = queries.lock_oldest(session, queries.Claimant("bench", TARGET.key, now, now, now))
         assert oldest is not None
         assert oldest.workload == keys[1]
 

@@ -127,35 +127,28 @@ class Processes:
         except httpx.TransportError:
             return False
 
-    def start_agent(self, name: str = "bench") -> subprocess.Popen[bytes]:
-        command = [
-            str(Path(sys.executable).with_name("device-agent")),
-            "cpu-onnxruntime",
-            "--server",
-            self.url,
-            "--name",
-            name,
-            "--cores",
-            "any",
-        ]
-        return self.start(name, command)
+    def start_agent(
+        self, name: str = "bench", backend: str = "cpu-onnxruntime", *options: str, **environment: str
+    ) -> subprocess.Popen[bytes]:
+        command = [str(Path(sys.executable).with_name("device-agent")), backend, "--server", self.url, "--name", name]
+        return self.start(name, [*command, "--cores", "any", *options], **environment)
 
     def log(self, name: str) -> str:
         return (self.folder / f"{name}.log").read_text()
 
     # --- the service ------------------------------------------------------------------------------------------
 
-    def target(self) -> str:
-        """The key of the agents' target, once an agent has registered."""
+    def target(self, runtime: str = "") -> str:
+        """The key of the agents' target, or of that with this runtime, once an agent has registered."""
 
         def registered() -> str | None:
             states = [TargetState.model_validate(one) for one in self.http.get("/targets").json()]
-            return states[0].key if states else None
+            return next((state.key for state in states if runtime in state.target.runtime), None)
 
         return str(wait_until(registered, "an agent registers"))
 
-    def open_pin(self, plan: Plan = PLAN) -> Pin:
-        request = PinRequest(target=self.target(), plan=plan)
+    def open_pin(self, plan: Plan = PLAN, runtime: str = "") -> Pin:
+        request = PinRequest(target=self.target(runtime), plan=plan)
         return Pin.model_validate(self.http.post("/pins", json=request.model_dump(mode="json")).json())
 
     def ask(self, pin: Pin, wanted: dict[str, Operator]) -> None:

@@ -2,12 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from pathlib import Path
 
 from processes import Processes, child_of, kill, operators, wait_until
 
+from lut_db.wire import DeviceState
+
 OPERATORS = operators(6)
+KILLER = next(iter(OPERATORS))
+ABORTS = """
+import os, sys
+if "device_agents.child" in sys.orig_argv:
+    from device_agents.backends import cpu_onnxruntime as backend
+    load = backend.CpuOnnxruntime.load
+    def aborting(self, model, *, profile):
+        if any(operator.key == os.environ["KILLER"] for operator in model.operators):
+            os.abort()
+        return load(self, model, profile=profile)
+    backend.CpuOnnxruntime.load = aborting
+"""
+"""A runtime that takes its process down with it when it is given one of the operators."""
 
 
 def test_the_lease_of_a_killed_agent_expires_and_another_one_measures(tmp_path: Path) -> None:
@@ -67,3 +83,42 @@ def test_an_agent_goes_on_with_its_lease_when_the_server_was_killed(tmp_path: Pa
         assert agent.poll() is None
         (lease,) = lab.leases()
         assert (lease.state, lease.rows) == ("reported", len(OPERATORS))
+
+
+def aborting(folder: Path) -> dict[str, str]:
+    """The environment of an agent whose runtime aborts on one operator."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(ABORTS)
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    return {"PYTHONPATH": path, "KILLER": KILLER}
+
+
+def test_an_operator_that_kills_its_process_everywhere_fails_alone(tmp_path: Path) -> None:
+    with Processes(tmp_path, PROFILER_REFERENCE_OPERATORS="0") as lab:
+        lab.start_server()
+        for name in ("first", "second"):
+            lab.start_agent(name, **aborting(tmp_path / f"{name}-runtime"))
+        lab.ask(lab.open_pin(), OPERATORS)
+        wait_until(lambda: not lab.queue(), "the queue is empty")
+        rows = {row.workload: row for row in lab.rows()}
+        assert len(lab.rows()) == len(rows) == len(OPERATORS)
+        failure = rows.pop(KILLER).failure
+        assert failure is not None
+        assert failure["cause"] == "crashed"
+        assert "SIGABRT" in failure["message"]
+        assert {row.status for row in rows.values()} == {"measured"}
+        states = [DeviceState.model_validate(one).state for one in lab.http.get("/devices").json()]
+        assert set(states) == {"ready"}
+
+
+def test_an_operator_that_kills_its_process_on_one_device_is_measured_on_another(tmp_path: Path) -> None:
+    with Processes(tmp_path, PROFILER_REFERENCE_OPERATORS="0") as lab:
+        lab.start_server()
+        lab.start_agent("first", **aborting(tmp_path / "runtime"))
+        pin = lab.open_pin()
+        lab.start_agent("second")
+        wait_until(lambda: len(lab.http.get("/devices").json()) == 2, "both have registered")
+        lab.ask(pin, OPERATORS)
+        lab.wait_for_rows(OPERATORS)
+        assert next(row.device for row in lab.rows() if row.workload == KILLER) == "second"
+        assert lab.log("first").count("SIGABRT") <= 1

@@ -14,7 +14,7 @@ from operators_at_random import ANY
 from pydantic import ValidationError
 
 from lut_db.networks import Network, NetworkBuilder, Node
-from lut_db.operators import OPERATOR, ChannelBypass, Convolution, GlobalPool, Linear, Operator, same_padding
+from lut_db.operators import OPERATOR, Activate, ChannelBypass, Convolution, GlobalPool, Linear, Operator, same_padding
 
 
 @given(ANY)
@@ -87,6 +87,34 @@ def test_the_width_of_a_bypass(channels: int, limit: int, filters: int, out: int
 def test_hostile_operators_are_refused(change: dict, says: str) -> None:
     with pytest.raises(ValidationError, match=says):
         Convolution(**{"input": (1, 3, 8, 8), "filters": 4, "kernel": (3, 3), **change})
+
+
+@pytest.mark.parametrize(
+    ("operator", "says"),
+    [
+        (Linear(input=(1, 1 << 14), features=1 << 14), "weights in all"),
+        (Activate(input=(1, 1 << 14, 128, 128), activation="relu"), "elements in all"),
+    ],
+)
+def test_a_graph_whose_tensors_are_too_much_together_is_refused(operator: Operator, says: str) -> None:
+    """Each is 1 GiB, which may be; fifty of them may not."""
+
+    def chain(count: int) -> Network:
+        return Network(
+            inputs=operator.inputs, nodes=tuple(Node(operator=operator, inputs=(tensor,)) for tensor in range(count))
+        )
+
+    assert len(chain(1).nodes) == 1
+    with pytest.raises(ValidationError, match=says):
+        chain(50)
+
+
+@pytest.mark.parametrize("shape", [(1, 1 << 20), (1 << 15, 1 << 14), (1, 0), (1, 2, 3, 4, 5)])
+def test_inputs_that_nothing_holds_are_refused(shape: tuple[int, ...]) -> None:
+    """An input that no node reads has no operator to refuse it."""
+    operator = Convolution(input=(1, 3, 8, 8), filters=4, kernel=(3, 3))
+    with pytest.raises(ValidationError, match="inputs"):
+        Network(inputs=(operator.input, shape), nodes=(Node(operator=operator, inputs=(0,)),))
 
 
 def test_a_graph_refuses_wrong_wiring() -> None:

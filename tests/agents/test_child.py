@@ -1,0 +1,73 @@
+"""The process that measures has limits, and whatever ends it is told as a failure."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from device_agents import backends
+from device_agents.agent import Agent, _tail, _why
+from device_agents.backends import Options
+from device_agents.child import Job
+from lut_db.operators import Convolution, Linear, Operator
+from lut_db.plans import Plan
+from lut_db.wire import Lease
+
+LIGHT: dict[str, Any] = {
+    "carriers": 1, "warmup_runs": 1, "round_runs": 2, "min_runs": 4, "max_runs": 4, "load_tolerance": 64,
+    "drift_tolerance": 50,
+}  # fmt: skip
+BACKEND = "cpu-onnxruntime"
+ENOUGH_BYTES = 1 << 30
+SMALL = Convolution(input=(1, 4, 8, 8), filters=4, kernel=(1, 1))
+HUGE = Linear(input=(1, 1 << 16), features=1 << 12)
+
+
+def ask(*operators: Operator, **plan: Any) -> Lease:
+    target = backends.create(BACKEND, Options()).target()
+    return Lease(
+        token=1, device="here", target=target, plan=Plan(**{**LIGHT, **plan}), operators=operators, expires_in_s=60
+    )
+
+
+@pytest.mark.parametrize("context", ["in_context", "isolated"])
+def test_an_operator_that_does_not_fit_is_out_of_memory(tmp_path: Path, context: str) -> None:
+    job = Job(backend=BACKEND, options=Options(), lease=ask(SMALL, HUGE, context=context))
+    (tmp_path / "job.json").write_text(job.model_dump_json())
+    with (tmp_path / "log").open("w") as log, subprocess.Popen(
+        [sys.executable, "-m", "device_agents.child", str(tmp_path)], stdin=subprocess.PIPE, stdout=log, stderr=log,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (ENOUGH_BYTES, ENOUGH_BYTES)),
+    ) as child:  # fmt: skip
+        child.wait()
+    cause, message = _why(child.returncode, _tail(tmp_path))
+    assert cause == "out_of_memory", message
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_the_limits_of_a_child() -> None:
+    code = (
+        "import os, resource, tempfile; from device_agents import child; child.MEMORY_SHARE = 1e-9\n"
+        "child.MAX_FILE_BYTES = 1000; child._limit()\n"
+        "print([resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_FSIZE, resource.RLIMIT_CORE)], flush=True)\n"
+        "try:\n    tempfile.TemporaryFile(buffering=0).write(bytes(2000)) == 2000 or print('cut', flush=True)\n"
+        "except OSError as error: print(error)\n"
+        "try:\n    bytearray(1 << 28)\nexcept MemoryError: print('no memory')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["[1000, 0]", "cut", "no memory"]
+
+
+def test_what_takes_too_long_is_ended() -> None:
+    options = Options()
+    agent = Agent("http://127.0.0.1:1", "here", BACKEND, backends.create(BACKEND, options), options, lease_limit_s=0.5)
+    report = agent._measure(ask(SMALL), threading.Event())
+    assert report is not None
+    (measurement,) = report.measurements
+    assert measurement.failure is not None
+    assert measurement.failure.cause == "timed_out"
