@@ -22,8 +22,8 @@ from lut_db.errors import LatencyLabError
 KEPT_TEXT = 3000
 """Characters of a tool's output that go into an error: its end, where tools say what went wrong."""
 
-COARSE_US = 20.0
-"""Medians below this are too coarse: a tick of the tool's timer is a microsecond."""
+FEW_TICKS_US = 10.0
+"""Below this a median, in whole microseconds, is coarse; what ticks cut off evens out in a mean."""
 
 LATER_TOLERANCE = 1e-3
 """Relative difference allowed between two places where a tool prints the same mean, rounded differently."""
@@ -87,10 +87,9 @@ class BenchmarkRun:
 
     @property
     def latency_ms(self) -> float:
-        """The median where the tool tells it, else the mean. Also the mean where a tick is much beside the median: of
-        runs that begin anywhere between two ticks, the mean of whole microseconds is right."""
+        """The median where the tool tells it and it is more than a few ticks of its timer, else the mean."""
         median_us = self.measured.median_us
-        return (self.measured.mean_us if median_us is None or median_us < COARSE_US else median_us) / 1e3
+        return (self.measured.mean_us if median_us is None or median_us < FEW_TICKS_US else median_us) / 1e3
 
 
 _PREFIX = re.compile(r"^(?P<level>INFO|WARN|WARNING|ERROR|VERBOSE): (?:\[[^\]]*:\d+\] )?")

@@ -31,6 +31,9 @@ TWINS = 6
 ENERGY_SESSIONS = 3
 """Sessions of one graph whose energy is counted: it hardly depends on where a runtime placed its memory."""
 
+MIN_KNOWN = 8
+"""Known operators in a lease below which they do not say how far it is from its table."""
+
 SIGNIFICANT_DIGITS = 5
 STOPS: tuple[Stop, ...] = ("confident", "settled", "max_runs", "max_seconds")
 """From the best reason to stop to the worst: a row carries the worst of its graphs."""
@@ -102,7 +105,11 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         lease.plan,
     )  # fmt: skip
     samples = _samples(graphs, timed, profiles, slowness, profiler_ms, failures, lease.plan)
-    refusal = refusal or _drift(slowness, lease.plan)
+    refusal = refusal or _drift("the canary", slowness, lease.plan)
+    drift = _filler_drift(samples, lease)
+    if drift is not None:
+        refusal = refusal or _drift("operators that the table knows", drift, lease.plan)
+        samples = {key: [(_slower(found, drift), graph) for found, graph in each] for key, each in samples.items()}
     energies: dict[str, float] = {}
     counted: Evidence = {"absent": "the latencies are refused"}
     if refusal is None:
@@ -135,7 +142,6 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         "seconds": round(time.perf_counter() - began, 3),
         "seconds_in_kernels": round(sum(sum(record.times_ms) for record in timed) / 1e3, 3),
     }
-    drift = _filler_drift(samples, lease)
     if drift is not None:
         facts["filler_drift"] = round(drift, 4)
     return Report(
@@ -345,20 +351,35 @@ def _measurement(
     )
 
 
-def _drift(slowness: float, plan: Plan) -> Failure | None:
+def _drift(what: str, slowness: float, plan: Plan) -> Failure | None:
     if 1 / (1 + plan.drift_tolerance) <= slowness <= 1 + plan.drift_tolerance:
         return None
     message = (
-        f"the canary took {slowness:.2f} times its reference, beyond the plan's drift_tolerance of "
+        f"{what} took {slowness:.2f} times the reference, beyond the plan's drift_tolerance of "
         f"{plan.drift_tolerance}: the device is not at the speed of its table"
     )
     return Failure(cause="drift", message=message)
 
 
 def _filler_drift(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> float | None:
-    """Median over known operators of measured now / in the table: how far the table has moved."""
-    ratios = []
+    """How far this lease is from its table: measured now over what the table says, for the operators that it knows.
+
+    The median by latency, so that ticks and a profiler's work on small operators do not speak for all; None where too
+    few are known. A canary shows how fast a device computes. How busy its memory is with other things it shows less
+    well than operators like those that are measured.
+    """
+    ratios, weights = [], []
     for key, known_ms in lease.known_ms.items():
-        for found, _ in samples.get(key, []):
-            ratios.append(_value(found) / known_ms)
-    return float(np.median(ratios)) if ratios else None
+        if key in samples:
+            ratios.append(statistic([_value(found) for found, _ in samples[key]], "interquartile_mean") / known_ms)
+            weights.append(known_ms)
+    if len(ratios) < MIN_KNOWN:
+        return None
+    order = np.argsort(ratios)
+    reached = np.cumsum(np.array(weights)[order])
+    return float(np.array(ratios)[order][np.searchsorted(reached, reached[-1] / 2)])
+
+
+def _slower(samples: Samples, drift: float) -> Samples:
+    """The same samples, taken when the device was slower than its canary said."""
+    return samples.model_copy(update={"slowness": samples.slowness * drift})

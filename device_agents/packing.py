@@ -3,17 +3,21 @@
 Alone in a graph an operator pays for things that a network pays once (layout conversions, cold caches), so
 isolated latencies do not add up. A carrier is a random walk over operators whose shapes fit, which looks like
 a network because the operators of a search do fit each other. Where nothing fits, an *adapter* (a convolution
-1 x 1 or a linear layer with ReLU, as cheap as shapes allow, whose time is thrown away) leads on to an operator that
-still needs a place: from maps to smaller ones, to tokens and to vectors, and from tokens to as many others.
+1 x 1 or a linear layer with ReLU, through few channels where it would have many weights; its time is thrown away) leads
+on: from maps to smaller ones, to tokens and to vectors, and from tokens to as many others.
+
+What an operator costs depends on what the caches hold of its weights, and so on everything that runs before it comes
+again: a carrier of layers with few weights makes every one of them cheap. Every carrier therefore is as long as a plan
+says, and takes operators from all sizes of maps in the proportion in which there are such.
 """
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import prod
+from math import ceil, prod
 
 from lut_db.networks import Network, NetworkBuilder
 from lut_db.operators import (
@@ -22,6 +26,7 @@ from lut_db.operators import (
     Activation,
     Add,
     BaseOperator,
+    ChannelBypass,
     Convolution,
     GlobalPool,
     LayerNorm,
@@ -34,11 +39,13 @@ from lut_db.operators import (
     TransposedConvolution,
 )
 
-MAX_FILLERS_IN_A_ROW = 3
-"""How far a carrier may walk over operators that need no more places, to reach one that does."""
+BOTTLENECK = 16
+"""Channels between the two halves of an adapter from many channels to many: a carrier's weights should be those of its
+operators. A multiple of what runtimes block channels by."""
 
-SHORTEST = 12
-"""Operators of a carrier at least, where there are that many to fill it up with."""
+LED = frozenset({"convolution", "channel_bypass", "squeeze_excite", "pool", "global_pool", "upsample", "linear"})
+"""Kinds before which a carrier puts an operator that makes what they read. It is not timed there: what it reads itself
+is an adapter's."""
 
 FUSED_INTO_CONVOLUTIONS = frozenset({"add", "activation"})
 CLAMPS = frozenset({"relu", "relu6"})
@@ -49,8 +56,10 @@ IMAGE_CHANNELS = 8
 """Channels of a carrier's input: enough for a runtime's blocked layout, so that the first adapter is ordinary. Also
 the features of its tokens."""
 
-ADAPTER_PARAMETERS = 1 << 24
-"""Weights at most of the adapter that leads from a carrier's input to vectors."""
+RAW_CHANNELS = 4
+"""What reads a map of so few channels reads an image: it gets one, as in a network, not what an adapter makes, which
+can be in another layout."""
+
 ROOM_PARAMETERS = 1 << 28
 ROOM_ACTIVATIONS = 1 << 30
 """Weights and elements in all beyond which a carrier takes nothing more (1 and 4 GiB of float32): operators that may
@@ -75,121 +84,174 @@ def pack(
 ) -> list[Carrier]:
     """Carriers in which every wanted operator has a place in `carriers` different graphs.
 
-    Each has up to `length` operators beside its adapters. `fillers` are used where they lead on to wanted ones and
-    get places too: what is known of them shows whether the device has drifted.
+    Each has about `length` operators beside its adapters. `fillers` have places in half as many: what is known of them
+    shows whether the device has drifted.
     """
     return _Packer(wanted, fillers, carriers, length, random.Random(seed)).pack()
 
 
-def _main_input(operator: BaseOperator) -> Shape:
-    return operator.inputs[0]
+@dataclass(frozen=True)
+class _Piece:
+    """An operator that carriers are made of. `level` is the size of what it reads, `stays` whether what it makes is as
+    large."""
+
+    operator: Operator
+    key: str
+    reads: Shape
+    level: tuple[int, int]
+    stays: bool
+    family: str
+    makes: Shape
+    parameters: int
+    activations: int
+
+    @classmethod
+    def of(cls, operator: Operator) -> _Piece:
+        inputs, output = operator.inputs, operator.output
+        return cls(
+            operator, operator.key, inputs[0], _size(inputs[0]), _size(output) == _size(inputs[0]), _family(operator),
+            output, operator.parameters,
+            sum(prod(shape) for shape in (*inputs, output)),
+        )  # fmt: skip
 
 
 class _Packer:
     def __init__(
         self, wanted: Sequence[Operator], fillers: Sequence[Operator], carriers: int, length: int, rng: random.Random
     ):
-        self.need: Counter[str] = Counter({operator.key: carriers for operator in wanted})
-        self.length = length
+        self.need: Counter[str] = Counter({operator.key: max(1, carriers // 2) for operator in fillers})
+        self.need.update({operator.key: carriers for operator in wanted})
         self.rng = rng
-        self.operators: dict[str, Operator] = {o.key: o for o in [*wanted, *fillers]}
-        self.by_input: dict[Shape, list[Operator]] = {}
-        for operator in self.operators.values():
-            self.by_input.setdefault(_main_input(operator), []).append(operator)
+        self.pieces = list({operator.key: _Piece.of(operator) for operator in [*wanted, *fillers]}.values())
+        self.makers: dict[Shape, list[_Piece]] = {}
+        for piece in self.pieces:
+            if len(piece.operator.inputs) == 1:
+                self.makers.setdefault(piece.makes, []).append(piece)
+        share = min(1.0, length / len(self.pieces))
+        self.quota = {
+            kind: ceil(count * share) for kind, count in Counter((p.level, p.stays) for p in self.pieces).items()
+        }
+        """Operators of a carrier by the size of what they read and by whether they keep it. Rounded up, so that no size
+        is left for carriers of its own: a carrier can be a little longer than asked for."""
 
     def pack(self) -> list[Carrier]:
         packed = []
         while +self.need:
-            # A carrier that begins with a known operator shows what follows it in no privileged place.
             before = (+self.need).total()
-            begun = self._known_start()
-            carrier = self._carrier(begun) if begun is not None else None
-            if carrier is None or (+self.need).total() == before:
-                carrier = self._carrier(self._start())
+            carrier = self._carrier(self._start(self.pieces))
+            if (+self.need).total() == before:  # nothing that needs a place can be reached from there
+                carrier = self._carrier(self._start([piece for piece in self.pieces if self.need[piece.key] > 0]))
             packed.append(carrier)
         return packed
 
-    def _carrier(self, start: Operator) -> Carrier:
+    def _start(self, pieces: Sequence[_Piece]) -> _Piece:
+        """The largest maps come first, as in a network: from there a walk can reach every smaller one."""
+        largest = max(piece.level for piece in pieces)
+        return self._choose([piece for piece in pieces if piece.level == largest])
+
+    def _choose(self, pieces: Sequence[_Piece]) -> _Piece:
+        """One that needs most places, so that none is left over for carriers of its own."""
+        most = max(self.need[piece.key] for piece in pieces)
+        return self.rng.choice([piece for piece in pieces if self.need[piece.key] == most or most <= 0])
+
+    def _carrier(self, start: _Piece) -> Carrier:
         walk = _Walk(self.rng)
-        current = walk.enter(start)
-        operator: Operator | None = start
-        used: set[str] = set()
-        in_a_row = 0
-        while True:
-            if operator is None:
-                adapted = self._adapt(walk, current, used)
-                if adapted is None:
-                    break
-                operator, current = adapted
-            in_a_row = 0 if self.need[operator.key] > 0 else in_a_row + 1
-            used.add(operator.key)
-            self.need[operator.key] -= 1
-            current = walk.place(operator, current)
-            if len(walk.places) >= self.length:
-                break
-            operator = self._fitting(walk, current, used, allow_fillers=in_a_row < MAX_FILLERS_IN_A_ROW)
+        left = dict(self.quota)
+        unused = {piece.key: piece for piece in self.pieces}
+        current = walk.enter(start.operator)
+        found: tuple[_Piece, int] | None = (start, current)
+        # Where the walk last was before it went on to another size: others go on from there too, into dead ends.
+        fork: int | None = None
+        while found is not None:
+            piece, current = found
+            left[piece.level, piece.stays] -= 1
+            del unused[piece.key]
+            self.need[piece.key] -= 1
+            fork = None if piece.stays else current
+            current = walk.place(piece.operator, current)
+            takes = [p for p in unused.values() if left[p.level, p.stays] > 0 and walk.has_room(p)]
+            found = None
+            if fork is not None:
+                leaving = [p for p in takes if p.level == piece.level and not p.stays and self.need[p.key] > 0]
+                found = self._read(walk, fork, leaving)
+                if found is not None:
+                    walk.end(current)
+            found = found or self._next(walk, current, takes)
         return Carrier(walk.finish(current), walk.places)
 
-    def _known_start(self) -> Operator | None:
-        """A known operator to begin with, if few operators need a place: no larger map than theirs, nor smaller."""
-        needing = self._needing()
-        if len(needing) * 2 >= self.length:
-            return None
-        size = max(_size(_main_input(operator)) for operator in needing)
-        known = [o for o in self.operators.values() if self.need[o.key] <= 0 and _size(_main_input(o)) == size]
-        return self.rng.choice(known) if known else None
+    def _next(self, walk: _Walk, current: int, takes: Sequence[_Piece]) -> tuple[_Piece, int] | None:
+        """The next operator and what it reads; None: the walk is over.
 
-    def _needing(self, used: Iterable[str] = ()) -> list[Operator]:
-        used = set(used)
-        return [self.operators[key] for key, places in self.need.items() if places > 0 and key not in used]
-
-    def _start(self) -> Operator:
-        """The largest maps come first, as in a network: from there a walk can reach every smaller one."""
-        needing = self._needing()
-        most = max(needing, key=lambda operator: _size(_main_input(operator)))
-        return self.rng.choice([o for o in needing if _size(_main_input(o)) == _size(_main_input(most))])
-
-    def _fitting(self, walk: _Walk, current: int, used: set[str], allow_fillers: bool) -> Operator | None:
-        """An operator that can read `current`: one that needs a place if there is any, else one that leads to some."""
-        fitting = [
-            operator
-            for operator in self.by_input.get(walk.shape(current), [])
-            if operator.key not in used and walk.has_room(operator) and walk.can_place(operator, current)
-        ]
-        needing = [operator for operator in fitting if self.need[operator.key] > 0]
-        if needing:
-            return self.rng.choice(needing)
-        if not allow_fillers:
-            return None
-        leading = [
-            operator
-            for operator in fitting
-            if any(self.need[o.key] > 0 and o.key not in used for o in self.by_input.get(operator.output, []))
-        ]
-        if leading or len(walk.places) >= min(self.length, SHORTEST):
-            return self.rng.choice(leading) if leading else None
-        return self.rng.choice(fitting) if fitting else None
-
-    def _adapt(self, walk: _Walk, current: int, used: set[str]) -> tuple[Operator, int] | None:
-        """Leads on by an adapter to an operator that needs a place, the largest map first; None if there is none.
-
-        A short carrier goes on to any operator: what is timed in it should have neighbours.
+        A walk stays where maps are as large as here until it has its share of operators there, then goes on to smaller
+        ones; everywhere those come first that need a place.
         """
-        here = walk.shape(current)
-        reachable = [o for o in self._needing(used) if _can_adapt(here, _main_input(o))]
-        if not reachable and len(walk.places) < min(self.length, SHORTEST):
-            unused = [operator for key, operator in self.operators.items() if key not in used]
-            reachable = [operator for operator in unused if _can_adapt(here, _main_input(operator))]
-        largest = max((_size(_main_input(operator)) for operator in reachable), default=0)
-        reachable = [o for o in reachable if _size(_main_input(o)) == largest]
-        self.rng.shuffle(reachable)
-        for operator in reachable:
-            if not walk.has_room(operator, _channels(here) * _channels(_main_input(operator))):
-                continue
-            adapted = walk.adapt(current, _main_input(operator), operator)
-            if walk.can_place(operator, adapted):
-                return operator, adapted
+        level = _size(walk.shape(current))
+        smaller = sorted({piece.level for piece in takes if piece.level < level}, reverse=True)
+        groups = [
+            [p for p in takes if p.level == level and p.stays],
+            [p for p in takes if p.level == level and not p.stays],
+        ]
+        for group in (*groups, *([p for p in takes if p.level == size] for size in smaller)):
+            for needing in (True, False):
+                found = self._read(walk, current, [p for p in group if (self.need[p.key] > 0) == needing])
+                if found is not None:
+                    return found
         return None
+
+    def _read(self, walk: _Walk, tensor: int, pieces: Sequence[_Piece]) -> tuple[_Piece, int] | None:
+        """One of these that can read a tensor, and what it is to read: the tensor, or what adapters make of it.
+
+        Whether a runtime converts a layout between two operators depends on both, so what an operator reads should be
+        made by one of those that make it in a network. Of operators alike, as of two pointwise convolutions, few
+        follow each other there.
+        """
+        here = walk.shape(tensor)
+        fitting = [
+            (piece, source)
+            for piece in pieces
+            for source in [walk.images.get(piece.reads, tensor)]
+            if walk.shape(source) == piece.reads and walk.can_place(piece.operator, source)
+        ]
+        unlike = [(piece, source) for piece, source in fitting if piece.family != walk.families.get(source)]
+        if not unlike:
+            led = [(piece, leads) for piece in pieces if (leads := self._leads(walk, here, piece))]
+            while led:
+                piece = self._choose([piece for piece, _ in led])
+                source = walk.lead(tensor, self.rng.choice(next(leads for p, leads in led if p is piece)))
+                if walk.can_place(piece.operator, source):
+                    return piece, source
+                led = [(p, leads) for p, leads in led if p is not piece]
+        if fitting:
+            piece = self._choose([piece for piece, _ in unlike or fitting])
+            return next(pair for pair in fitting if pair[0] is piece)
+        adaptable = [
+            p for p in pieces if _can_adapt(here, p.reads) and walk.has_room(p, _adapter_parameters(here, p.reads))
+        ]
+        while adaptable:
+            piece = self._choose(adaptable)
+            adapted = walk.adapt(tensor, piece.reads, piece.operator)
+            if walk.can_place(piece.operator, adapted):
+                return piece, adapted
+            adaptable.remove(piece)
+        return None
+
+    def _leads(self, walk: _Walk, here: Shape, piece: _Piece) -> list[_Piece]:
+        """Operators that make what another reads, reachable from here: one stands between an adapter and it."""
+        if piece.operator.kind not in LED:
+            return []
+        return [
+            lead
+            for lead in self.makers.get(piece.reads, [])
+            if lead.family != piece.family
+            and (lead.reads == here or (_can_adapt(here, lead.reads) and not _is_image(lead.reads)))
+            and walk.has_room(piece, lead.parameters + _adapter_parameters(here, lead.reads))
+        ]
+
+
+def _family(operator: Operator) -> str:
+    if isinstance(operator, Convolution | ChannelBypass):
+        return "depthwise" if operator.depthwise else "dense"
+    return operator.kind
 
 
 def _size(shape: Shape) -> tuple[int, int]:
@@ -225,9 +287,28 @@ def _clamps(operator: BaseOperator) -> bool:
     return isinstance(operator, Activate) and operator.activation in CLAMPS
 
 
+def _is_narrowed(here: Shape, there: Shape) -> bool:
+    """Whether a bottleneck saves most of an adapter's weights."""
+    narrowed = BOTTLENECK * (_channels(here) + _channels(there))
+    return 2 * narrowed < _channels(here) * _channels(there)
+
+
+def _adapter_parameters(here: Shape, there: Shape) -> int:
+    """Weights of an adapter, but for biases."""
+    narrowed = BOTTLENECK * (_channels(here) + _channels(there))
+    return narrowed if _is_narrowed(here, there) else _channels(here) * _channels(there)
+
+
+def _pointwise(shape: Shape, channels: int, strides: tuple[int, int], activation: Activation) -> Operator:
+    """A linear map of channels, at every position of a map."""
+    if len(shape) == 4:
+        return Convolution(input=shape, filters=channels, kernel=(1, 1), stride=strides, activation=activation)
+    return Linear(input=shape, features=channels, activation=activation)
+
+
 def _can_adapt(here: Shape, there: Shape) -> bool:
     """Whether adapters lead from a tensor of one shape to one of another, with weights that may be."""
-    if len(there) > len(here) or _channels(here) * _channels(there) > MAX_ELEMENTS:
+    if len(there) > len(here):
         return False
     if len(there) == 3:
         more, fewer = max(here[0], there[0]), min(here[0], there[0])
@@ -248,13 +329,15 @@ def _can_adapt(here: Shape, there: Shape) -> bool:
     return all(_strided(size, stride) == out for size, stride, out in zip(here[2:], strides, there[2:], strict=True))
 
 
+def _is_image(shape: Shape) -> bool:
+    return len(shape) == 4 and shape[1] <= RAW_CHANNELS
+
+
 def _image(shape: Shape) -> Shape:
     """The input of a carrier from which an adapter leads to a shape."""
     if len(shape) == 4:
         return (shape[0], _few(shape), *shape[2:])
-    if len(shape) == 3:
-        return (*shape[:2], _few(shape))
-    return (shape[0], min(shape[1], max(1, ADAPTER_PARAMETERS // shape[1])))
+    return (*shape[:2], _few(shape)) if len(shape) == 3 else shape
 
 
 class _Walk:
@@ -267,15 +350,16 @@ class _Walk:
         self.tensors: dict[Shape, list[int]] = {}
         self.read: set[int] = set()
         self.inputs = 0
+        self.images: dict[Shape, int] = {}
+        self.families: dict[int, str] = {}
         self.parameters = 0
         self.activations = 0
 
-    def has_room(self, operator: Operator, adapters: int = 0) -> bool:
+    def has_room(self, piece: _Piece, adapters: int = 0) -> bool:
         """Whether the carrier can take an operator too, behind adapters of so many weights."""
-        activations = sum(prod(shape) for shape in (*operator.inputs, operator.output))
         return (
-            self.parameters + operator.parameters + adapters <= ROOM_PARAMETERS
-            and self.activations + activations <= ROOM_ACTIVATIONS
+            self.parameters + piece.parameters + adapters <= ROOM_PARAMETERS
+            and self.activations + piece.activations <= ROOM_ACTIVATIONS
         )
 
     def shape(self, tensor: int) -> Shape:
@@ -284,9 +368,15 @@ class _Walk:
     def enter(self, operator: Operator) -> int:
         """The carrier's inputs, adapted to those of its first operator; returns the first of them."""
         self.inputs = len(operator.inputs)
-        images = [self.build.input(_image(shape)) for shape in operator.inputs]
-        adapted = [self.adapt(image, shape, operator) for image, shape in zip(images, operator.inputs, strict=True)]
-        return adapted[0]
+        sources = [self.build.input(shape if _is_image(shape) else _image(shape)) for shape in operator.inputs]
+        self.images = {
+            shape: source for shape, source in zip(operator.inputs, sources, strict=True) if _is_image(shape)
+        }
+        read = [
+            self._keep(source) if _is_image(shape) else self.adapt(source, shape, operator)
+            for source, shape in zip(sources, operator.inputs, strict=True)
+        ]
+        return read[0]
 
     def _keep(self, tensor: int) -> int:
         self.tensors.setdefault(self.shape(tensor), []).append(tensor)
@@ -301,16 +391,15 @@ class _Walk:
             here = self.shape(tensor)
             if here == shape:
                 return self._keep(tensor)
-        if len(shape) == 2:
-            return self._keep(self._add(Linear(input=here, features=shape[1]), tensor))
         if len(shape) == 3:
             tensor = self._to_sequences(tensor, shape)
-            adapter: Operator = Linear(input=self.shape(tensor), features=shape[2], activation=activation)
-            return self._keep(self._add(adapter, tensor))
-        adapter = Convolution(
-            input=here, filters=shape[1], kernel=(1, 1), stride=_strides(here, shape), activation=activation
-        )
-        return self._keep(self._add(adapter, tensor))
+            here = self.shape(tensor)
+        strides = _strides(here, shape) if len(shape) == 4 else (1, 1)
+        if _is_narrowed(here, shape):
+            tensor = self._add(_pointwise(here, BOTTLENECK, strides, "relu"), tensor)
+            strides = (1, 1)
+        last: Activation = "none" if len(shape) == 2 else activation
+        return self._keep(self._add(_pointwise(self.shape(tensor), _channels(shape), strides, last), tensor))
 
     def _to_sequences(self, tensor: int, shape: Shape) -> int:
         """As many sequences of as many tokens, with any features. A linear layer comes behind, so that nothing that is
@@ -417,16 +506,26 @@ class _Walk:
             inputs.append(second)
         tensor = self._add(operator, *inputs)
         self.places[len(self.build) - 1] = operator.key
+        self.families[tensor] = _family(operator)
         return self._keep(tensor)
+
+    def lead(self, tensor: int, piece: _Piece) -> int:
+        """An operator that is not timed, behind an adapter where it does not fit."""
+        if self.shape(tensor) != piece.reads or not self.can_place(piece.operator, tensor):
+            tensor = self.adapt(tensor, piece.reads, piece.operator)
+        made = self._add(piece.operator, tensor)
+        self.families[made] = piece.family
+        return self._keep(made)
+
+    def end(self, tensor: int) -> int:
+        """An adapter of few channels behind an operator that nothing else reads: graphs return what is unread, and it
+        should not be much."""
+        shape = self.shape(tensor)
+        return self._add(_pointwise(shape, _few(shape), (1, 1), "none"), tensor)
 
     def finish(self, current: int) -> Network:
         """Ends with an adapter behind the last operator, and returns every tensor that nothing reads."""
-        shape = self.shape(current)
-        last = self._add(
-            Convolution(input=shape, filters=_few(shape), kernel=(1, 1))
-            if len(shape) == 4
-            else Linear(input=shape, features=_few(shape)),
-            current,
+        self.end(current)
+        return self.build.network(
+            *(tensor for tensor in range(self.inputs, len(self.build) + self.inputs) if tensor not in self.read)
         )
-        unread = [tensor for tensor in range(self.inputs, last) if tensor not in self.read]
-        return self.build.network(*unread, last)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 from pydantic import Field
 
 from lut_db.measurements import Status, Value
+from lut_db.operators import BaseOperator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -23,22 +24,62 @@ class Fit(Value):
     rank_correlation: float = Field(ge=-1, le=1)
 
 
-class Correction(Value):
-    """A map from sums of operators to a whole network: `offset_ms + sum over kinds of scale[kind] * sum_ms[kind]`.
+class Traits(NamedTuple):
+    """What a correction asks of an operator: its family, and how many weights it has."""
 
-    A kind that `scales` does not name uses `scale`. `relative_half_width` is the 95 % quantile of the relative
-    error on networks left out of the fit, corrected for their number: the estimate's interval.
+    family: str
+    parameters: int
+
+    @classmethod
+    def of(cls, operator: BaseOperator) -> Traits:
+        return cls(operator.family, operator.parameters)
+
+
+class Sums(NamedTuple):
+    """What a correction asks of a network: the rows of its operators, summed by family in ms, and its weights."""
+
+    by_family: Mapping[str, float]
+    parameters: int
+
+    @property
+    def total_ms(self) -> float:
+        return sum(self.by_family.values())
+
+    @classmethod
+    def of(cls, operators: Iterable[tuple[Traits, float]]) -> Sums:
+        """From `(traits, latency_ms)` of each operator of a network."""
+        sums_ms: dict[str, float] = {}
+        parameters = 0
+        for traits, latency_ms in operators:
+            sums_ms[traits.family] = sums_ms.get(traits.family, 0.0) + latency_ms
+            parameters += traits.parameters
+        return cls(sums_ms, parameters)
+
+
+class Correction(Value):
+    """A map from a network's operators to its latency:
+
+        offset_ms + sum over families of scale[family] * sum_ms[family]
+                  + spill_ms * max(0, parameters - cached_parameters) / 1e6
+
+    A family that `scales` does not name uses `scale`. Networks of more weights than a device's caches keep from one run
+    to the next read the rest again: `spill_ms` is what a million of these costs. `relative_half_width` is the 95 %
+    quantile of the relative error on networks left out of the fit, corrected for their number: the estimate's interval.
     """
 
     scale: Positive
     scales: dict[str, Positive] = Field(default_factory=dict)
     offset_ms: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    cached_parameters: int = Field(default=0, ge=0)
+    spill_ms: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     relative_half_width: float = Field(ge=0, lt=1)
     left_out: Fit
 
-    def apply(self, sums_ms: Mapping[str, float]) -> float:
-        """Latency in ms of a network whose operators of each kind sum to `sums_ms[kind]`."""
-        return self.offset_ms + sum(self.scales.get(kind, self.scale) * value for kind, value in sums_ms.items())
+    def apply(self, sums: Sums) -> float:
+        """Latency in ms of a network."""
+        spilt = max(0, sums.parameters - self.cached_parameters) / 1e6
+        scaled = sum(self.scales.get(family, self.scale) * value for family, value in sums.by_family.items())
+        return self.offset_ms + scaled + self.spill_ms * spilt
 
 
 class OperatorRow(Value):
@@ -76,15 +117,13 @@ class Estimate(Value):
 CERTAINTY = (Status.MEASURED, Status.PREDICTED, Status.PENDING, Status.MISSING, Status.FAILED)
 
 
-def add_up(operators: Iterable[tuple[str, float]], correction: Correction | None) -> Estimate:
-    """The estimate of a network from `(kind, latency_ms)` of each of its operators, all of them measured."""
-    sums_ms: dict[str, float] = {}
-    for kind, latency_ms in operators:
-        sums_ms[kind] = sums_ms.get(kind, 0.0) + latency_ms
-    total_ms = sum(sums_ms.values())
+def add_up(operators: Iterable[tuple[Traits, float]], correction: Correction | None) -> Estimate:
+    """The estimate of a network from `(traits, latency_ms)` of each of its operators, all of them measured."""
+    sums = Sums.of(operators)
+    total_ms = sums.total_ms
     if correction is None:
         return Estimate(status=Status.MEASURED, latency_ms=total_ms, sum_ms=total_ms)
-    latency_ms = correction.apply(sums_ms)
+    latency_ms = correction.apply(sums)
     return Estimate(
         status=Status.MEASURED,
         latency_ms=latency_ms,
@@ -98,14 +137,14 @@ def add_up(operators: Iterable[tuple[str, float]], correction: Correction | None
 def estimate(
     network: Sequence[str],
     rows: Mapping[str, OperatorRow],
-    kinds: Mapping[str, str],
+    traits: Mapping[str, Traits],
     correction: Correction | None,
 ) -> Estimate:
-    """The estimate of a network given as the keys of its operators, from their rows and kinds by key."""
+    """The estimate of a network given as the keys of its operators, from their rows and traits by key."""
     worst = max((rows[key].status if key in rows else Status.MISSING for key in network), key=CERTAINTY.index)
     if worst is not Status.MEASURED:
         return Estimate(status=worst)
-    found = add_up(((kinds[key], rows[key].latency_ms or 0.0) for key in network), correction)
+    found = add_up(((traits[key], rows[key].latency_ms or 0.0) for key in network), correction)
     energies = [rows[key].energy_j for key in network]
     counted = [energy_j for energy_j in energies if energy_j is not None]
     if not counted or len(counted) < len(energies):

@@ -108,6 +108,11 @@ class BaseOperator(Record):
         return {}
 
     @property
+    def family(self) -> str:
+        """The kind, told apart further where runtimes run it in kernels of another sort."""
+        return self.kind
+
+    @property
     def macs(self) -> int:
         """Multiply-accumulates of convolutions, linear layers and matrix products."""
         return 0
@@ -211,6 +216,10 @@ class Convolution(_Windowed):
     @property
     def depthwise(self) -> bool:
         return self.groups == self.input[1] == self.filters and self.groups > 1
+
+    @property
+    def family(self) -> str:
+        return f"depthwise_{self.kind}" if self.depthwise else self.kind
 
     @property
     def weights(self) -> dict[str, Shape]:
@@ -498,6 +507,10 @@ class ChannelBypass(_Windowed):
     depthwise: bool = False
     bias: bool = True
     activation: Activation = "none"
+
+    @property
+    def family(self) -> str:
+        return f"depthwise_{self.kind}" if self.depthwise else self.kind
 
     @property
     def passed(self) -> int:

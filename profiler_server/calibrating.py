@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy.orm import Session
 
 from lut_db.errors import InvalidInput, LatencyLabError
-from lut_db.estimates import OperatorRow
+from lut_db.estimates import OperatorRow, Sums, Traits
 from lut_db.measurements import Status
 from lut_db.networks import Network
 from lut_db.operators import canonical_key
@@ -92,10 +92,8 @@ def advance(database: Database, calibration: int) -> bool:
         if failed is not None:
             reasons.append(failed)
             continue
-        sums_ms: dict[str, float] = {}
-        for operator in network.operators:
-            sums_ms[operator.kind] = sums_ms.get(operator.kind, 0.0) + (operators[operator.key].latency_ms or 0.0)
-        samples[key] = (sums_ms, wholes[key].latency_ms or 0.0)
+        sums = Sums.of((Traits.of(one), operators[one.key].latency_ms or 0.0) for one in network.operators)
+        samples[key] = (sums, wholes[key].latency_ms or 0.0)
     left = f"; {len(reasons)} networks were left out: {'; '.join(reasons[:MAX_REASONS])}" if reasons else ""
     try:
         correction, left_out_ms = fit_correction(list(samples.values()))
@@ -103,7 +101,7 @@ def advance(database: Database, calibration: int) -> bool:
         with database.write() as session:
             return queries.end_calibration(session, calibration, "failed", f"{error}{left}")
     networks = [
-        CalibratedNetwork(key=key, sum_ms=sum(sums.values()), left_out_ms=predicted, measured_ms=measured)
+        CalibratedNetwork(key=key, sum_ms=sums.total_ms, left_out_ms=predicted, measured_ms=measured)
         for (key, (sums, measured)), predicted in zip(samples.items(), left_out_ms, strict=True)
     ]
     with database.write() as session:

@@ -1,27 +1,28 @@
-"""Fits a correction: a small map from sums of operators, by kind, to whole networks.
+"""Fits a correction: a small map from sums of operators, by family, to whole networks.
 
-The model is `offset + sum over kinds of scale[kind] * sum[kind]`, every scale positive and the offset not negative.
-It is fitted to relative errors under Huber's loss (iteratively reweighted least squares), so that neither slow
-networks nor a spoilt measurement rule the fit. A kind has a scale of its own only where enough networks hold it, and
-that scale is drawn towards the common one (ridge). How strongly, and whether there is an offset, is chosen by
-cross-validation; the errors that are published come from an outer cross-validation around the whole choice.
+The model is `offset + sum over families of scale[family] * sum[family] + spill * (weights beyond the caches)`, every
+scale positive, offset and spill not negative. It is fitted to relative errors under Huber's loss (iteratively
+reweighted least squares), so that neither slow networks nor a spoilt measurement rule the fit. A family has a scale of
+its own only where enough networks hold it, and that scale is drawn towards the common one (ridge). How strongly,
+whether there is an offset, and how many weights the caches hold, is chosen by cross-validation; the errors that are
+published come from an outer cross-validation around the whole choice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lut_db.errors import InvalidInput, MeasurementRefused
-from lut_db.estimates import Correction, Fit
+from lut_db.estimates import Correction, Fit, Sums
 
 Array = NDArray[np.float64]
-Sample = tuple[Mapping[str, float], float]
-"""Sums in ms by operator kind, and the measured latency in ms of the network."""
+Sample = tuple[Sums, float]
+"""What a network's operators sum to, and its measured latency in ms."""
 
 MIN_NETWORKS = 5
 FOLDS = 5
@@ -36,52 +37,78 @@ MIN_NOISE = 0.002
 """Relative scale of errors below which Huber's loss does not tighten."""
 
 ROUNDS = 25
-KIND_SHARE = 0.5
-"""Share of the networks that must hold a kind before it may have a scale of its own."""
+FAMILY_SHARE = 0.5
+"""Share of the networks that must hold a family before it may have a scale of its own."""
 
-KIND_NETWORKS = 10
-"""Networks that must hold a kind before it may have a scale of its own."""
+FAMILY_NETWORKS = 10
+"""Networks that must hold a family before it may have a scale of its own."""
 
 SCALE_RANGE = 4.0
-"""A kind's scale is within this factor of the median ratio of measured to sum."""
+"""A family's scale is within this factor of the median ratio of measured to sum."""
 
 OFFSET_SHARE = 0.5
 """Largest offset, as a share of the fastest network."""
 
 RIDGES = (0.3, 0.03, 0.003)
-"""Weights, for each network, of a kind's relative distance from the common scale."""
+"""Weights, for each network, of a family's relative distance from the common scale."""
+
+KNEES = (0.1, 0.3, 0.5, 0.7)
+"""Where the caches may be full: quantiles of the networks' weights."""
 
 GAIN = 0.97
 """A richer model is taken where its cross-validated error is below this share of the simpler one's."""
 
+SPILL_GAIN = 0.9
+"""The same for caches that are full: of several places where they may be, one is a little better by chance."""
+
 
 @dataclass(frozen=True)
 class Model:
-    """A candidate: `ridge` is None for one scale common to every kind."""
+    """A candidate: `ridge` is None for one scale common to every family, `knee` for caches without an end."""
 
-    offset: bool
-    ridge: float | None
-
-
-CANDIDATES = (
-    Model(offset=False, ridge=None),
-    Model(offset=True, ridge=None),
-    *(Model(offset=False, ridge=ridge) for ridge in RIDGES),
-    *(Model(offset=True, ridge=ridge) for ridge in RIDGES),
-)
-"""From the simplest to the richest."""
+    offset: bool = False
+    ridge: float | None = None
+    knee: int | None = None
 
 
 @dataclass(frozen=True)
 class Coefficients:
-    """A fitted map: one scale for each column of sums, the last column being the kinds without one of their own."""
+    """A fitted map: one scale for each column of sums, the last column being the families without one of their own."""
 
     scales: Array
     offset_ms: float
+    knee: int
+    spill_ms: float
 
-    def predict(self, sums_ms: Array) -> Array:
-        """Latencies in ms of networks, shape (n,), from sums of shape (n, kinds + 1)."""
-        return sums_ms @ self.scales + self.offset_ms
+    def predict(self, networks: Networks) -> Array:
+        """Latencies in ms, shape (n,)."""
+        return networks.sums_ms @ self.scales + self.offset_ms + self.spill_ms * networks.spilt(self.knee)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What is known of n networks: sums of shape (n, families + 1), weights and latencies of shape (n,)."""
+
+    sums_ms: Array
+    parameters: Array
+    measured: Array
+
+    def __len__(self) -> int:
+        return len(self.measured)
+
+    def part(self, numbers: NDArray[np.intp]) -> Networks:
+        return Networks(self.sums_ms[numbers], self.parameters[numbers], self.measured[numbers])
+
+    def split(self) -> Iterator[tuple[NDArray[np.intp], Networks, Networks]]:
+        """Numbers of a fold's networks, all others, and these."""
+        everything = np.arange(len(self))
+        for test in _folds(len(self)):
+            yield test, self.part(np.setdiff1d(everything, test)), self.part(test)
+
+    def spilt(self, knee: int) -> Array:
+        """Millions of weights beyond those that the caches hold."""
+        beyond: Array = np.maximum(0.0, self.parameters - knee) / 1e6
+        return beyond
 
 
 def fit_correction(samples: Sequence[Sample]) -> tuple[Correction, tuple[float, ...]]:
@@ -96,22 +123,25 @@ def fit_correction(samples: Sequence[Sample]) -> tuple[Correction, tuple[float, 
             remedy=f"measure at least {MIN_NETWORKS}",
         )  # fmt: skip
     measured = np.array([latency_ms for _, latency_ms in samples], dtype=np.float64)
-    totals = np.array([sum(sums.values()) for sums, _ in samples], dtype=np.float64)
+    totals = np.array([sums.total_ms for sums, _ in samples], dtype=np.float64)
     if not (np.isfinite(measured).all() and np.isfinite(totals).all() and min(measured.min(), totals.min()) > 0):
         raise InvalidInput("sums and latencies must be positive and finite", field="networks")
-    kinds = _own_kinds([sums for sums, _ in samples])
+    families = _own_families([sums.by_family for sums, _ in samples])
     sums_ms = np.array(
         [
-            [*(sums.get(kind, 0.0) for kind in kinds), sum(v for kind, v in sums.items() if kind not in kinds)]
+            [
+                *(sums.by_family.get(family, 0.0) for family in families),
+                sum(value for family, value in sums.by_family.items() if family not in families),
+            ]
             for sums, _ in samples
         ],
         dtype=np.float64,
     )
+    networks = Networks(sums_ms, np.array([sums.parameters for sums, _ in samples], dtype=np.float64), measured)
     left_out = np.empty_like(measured)
-    for test in _folds(len(samples)):
-        train = np.setdiff1d(np.arange(len(samples)), test)
-        left_out[test] = _choose_and_fit(sums_ms[train], measured[train], bool(kinds)).predict(sums_ms[test])
-    fitted = _choose_and_fit(sums_ms, measured, bool(kinds))
+    for test, others, tested in networks.split():
+        left_out[test] = _choose_and_fit(others).predict(tested)
+    fitted = _choose_and_fit(networks)
     half_width = _half_width(left_out, measured)
     if half_width >= 1:
         raise MeasurementRefused(
@@ -120,23 +150,25 @@ def fit_correction(samples: Sequence[Sample]) -> tuple[Correction, tuple[float, 
         )  # fmt: skip
     correction = Correction(
         scale=float(fitted.scales[-1]),
-        scales={kind: float(value) for kind, value in zip(kinds, fitted.scales, strict=False)},
+        scales={family: float(value) for family, value in zip(families, fitted.scales, strict=False)},
         offset_ms=fitted.offset_ms,
+        cached_parameters=fitted.knee,
+        spill_ms=fitted.spill_ms,
         relative_half_width=half_width,
         left_out=_statistics(left_out, measured),
     )
     return correction, tuple(float(value) for value in left_out)
 
 
-def _own_kinds(sums: Sequence[Mapping[str, float]]) -> list[str]:
-    """Kinds that enough networks hold; none where there are too few networks to tell kinds apart."""
+def _own_families(sums: Sequence[Mapping[str, float]]) -> list[str]:
+    """Families that enough networks hold; none where there are too few networks to tell families apart."""
     holders: dict[str, int] = {}
     for of_network in sums:
-        for kind, value in of_network.items():
-            holders[kind] = holders.get(kind, 0) + (value > 0)
-    enough = max(KIND_NETWORKS, KIND_SHARE * len(sums))
-    kinds = sorted(kind for kind, count in holders.items() if count >= enough)
-    return kinds if len(sums) >= 2 * (len(kinds) + 2) and len(holders) > 1 else []
+        for family, value in of_network.items():
+            holders[family] = holders.get(family, 0) + (value > 0)
+    enough = max(FAMILY_NETWORKS, FAMILY_SHARE * len(sums))
+    families = sorted(family for family, count in holders.items() if count >= enough)
+    return families if len(sums) >= 2 * (len(families) + 2) and len(holders) > 1 else []
 
 
 def _folds(count: int) -> list[NDArray[np.intp]]:
@@ -145,47 +177,67 @@ def _folds(count: int) -> list[NDArray[np.intp]]:
     return [np.sort(part) for part in np.array_split(order, min(FOLDS, count))]
 
 
-def _choose_and_fit(sums_ms: Array, measured: Array, per_kind: bool) -> Coefficients:
-    """The simplest candidate whose cross-validated error no richer one clearly beats, fitted to everything."""
-    candidates = [model for model in CANDIDATES if per_kind or model.ridge is None]
-    if len(measured) < 2 * MIN_NETWORKS:
-        candidates = candidates[:1]  # too few to choose by
-    best, best_error = candidates[0], np.inf
-    for model in candidates:
-        error = _cross_validated(sums_ms, measured, model) if len(candidates) > 1 else 0.0
-        if error < best_error * (GAIN if np.isfinite(best_error) else 1.0):
-            best, best_error = model, error
-    return _fit(sums_ms, measured, best)
+def _choose_and_fit(networks: Networks) -> Coefficients:
+    """The simplest candidate whose cross-validated error no richer one clearly beats, fitted to everything.
+
+    Offset and scales are chosen first, then where the caches end, and where they do, offset and scales again.
+    """
+    if len(networks) < 2 * MIN_NETWORKS:
+        return _fit(networks, Model())  # too few to choose by
+    ridges = (None, *RIDGES) if networks.sums_ms.shape[1] > 1 else (None,)
+    scaled = [Model(offset=offset, ridge=ridge) for ridge in ridges for offset in (False, True)]
+    knees = sorted({int(knee) for knee in np.quantile(networks.parameters, KNEES)})
+    best, error = _best(networks, scaled)
+    spilling, spilling_error = _best(networks, [replace(best, knee=knee) for knee in knees])
+    if spilling_error < error * SPILL_GAIN:
+        best, _ = _best(networks, [replace(model, knee=spilling.knee) for model in scaled])
+    return _fit(networks, best)
 
 
-def _cross_validated(sums_ms: Array, measured: Array, model: Model) -> float:
+def _best(networks: Networks, candidates: Sequence[Model]) -> tuple[Model, float]:
+    """The first candidate that no later one clearly beats, and its cross-validated error."""
+    best = candidates[0]
+    error = _cross_validated(networks, best)
+    for model in candidates[1:]:
+        found = _cross_validated(networks, model)
+        if found < error * GAIN:
+            best, error = model, found
+    return best, error
+
+
+def _cross_validated(networks: Networks, model: Model) -> float:
     """Mean relative error in networks left out, the worst tenth trimmed: an outlier must not choose the model."""
-    errors = np.empty_like(measured)
-    for test in _folds(len(measured)):
-        train = np.setdiff1d(np.arange(len(measured)), test)
-        errors[test] = np.abs(_fit(sums_ms[train], measured[train], model).predict(sums_ms[test]) / measured[test] - 1)
+    errors = np.empty_like(networks.measured)
+    for test, others, tested in networks.split():
+        errors[test] = np.abs(_fit(others, model).predict(tested) / tested.measured - 1)
     kept = np.sort(errors)[: len(errors) - len(errors) // 10]
     return float(kept.mean())
 
 
-def _fit(sums_ms: Array, measured: Array, model: Model) -> Coefficients:
+def _fit(networks: Networks, model: Model) -> Coefficients:
     """Huber's loss over relative errors by iteratively reweighted, bounded least squares."""
+    sums_ms, measured = networks.sums_ms, networks.measured
     count, columns = sums_ms.shape
     totals = sums_ms.sum(axis=1)
     typical = float(np.median(measured / totals))
-    largest_offset = OFFSET_SHARE * float(measured.min()) if model.offset else 0.0
-    # Unknowns: the scales over `typical` (one for each column, or one for all), then the offset over its bound.
+    spilt = networks.spilt(model.knee) if model.knee is not None else np.zeros(count)
+    # Unknowns: the scales over `typical` (one for each column, or one for all), then what else there is over its bound.
     shared = model.ridge is None
     design = (totals[:, None] if shared else sums_ms) * typical / measured[:, None]
-    if model.offset:
-        design = np.column_stack([design, largest_offset / measured])
     scales = 1 if shared else columns
-    lower = np.concatenate([np.full(scales, 1 / SCALE_RANGE), np.zeros(int(model.offset))])
-    upper = np.concatenate([np.full(scales, SCALE_RANGE), np.ones(int(model.offset))])
+    bounds: list[float] = []
+    if model.offset:
+        bounds.append(OFFSET_SHARE * float(measured.min()))
+        design = np.column_stack([design, bounds[-1] / measured])
+    if spilt.any():
+        bounds.append(float(np.median(measured)) / float(spilt.max()))
+        design = np.column_stack([design, bounds[-1] * spilt / measured])
+    lower = np.concatenate([np.full(scales, 1 / SCALE_RANGE), np.zeros(len(bounds))])
+    upper = np.concatenate([np.full(scales, SCALE_RANGE), np.ones(len(bounds))])
     penalty = np.zeros((design.shape[1], design.shape[1]))
     if model.ridge is not None:
         own = np.eye(columns)[:-1]
-        own[:, -1] = -1.0  # a kind's scale minus the common one
+        own[:, -1] = -1.0  # a family's scale minus the common one
         penalty[:columns, :columns] = model.ridge * count * own.T @ own * float(np.mean((design[:, :columns]) ** 2))
     if not shared and not sums_ms[:, -1].any():
         # Nothing else speaks for the common scale but the ridge: hold it lightly to the typical ratio.
@@ -201,8 +253,12 @@ def _fit(sums_ms: Array, measured: Array, model: Model) -> Coefficients:
         if np.abs(solution - before).max() < 1e-9:
             break
     fitted = np.full(columns, solution[0]) if shared else solution[:columns]
+    more = [float(value) * bound for value, bound in zip(solution[scales:], bounds, strict=True)]
     return Coefficients(
-        scales=fitted * typical, offset_ms=float(solution[-1]) * largest_offset if model.offset else 0.0
+        scales=fitted * typical,
+        offset_ms=more[0] if model.offset else 0.0,
+        knee=(model.knee or 0) if spilt.any() else 0,
+        spill_ms=more[-1] if spilt.any() else 0.0,
     )
 
 

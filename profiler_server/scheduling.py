@@ -14,6 +14,8 @@ from lut_db.plans import Plan
 MAX_NETWORKS = 16
 """Whole networks in one lease."""
 
+MIN_FILLERS = 24
+
 MAX_ATTEMPTS = 3
 """Tries of a measurement before its failure becomes a row."""
 
@@ -57,8 +59,9 @@ def fate(failure: Failure, attempts: int) -> Fate:
 
 
 def filler_count(plan: Plan, wanted: int) -> int:
-    """How many known operators fill up the carriers of a lease of `wanted` operators: two carriers' worth in all."""
-    return max(0, 2 * plan.carrier_length - wanted) if plan.context == "in_context" else 0
+    """How many known operators fill up the carriers of a lease of `wanted` operators: two carriers' worth in all, and
+    enough to tie the lease to the table."""
+    return max(MIN_FILLERS, 2 * plan.carrier_length - wanted) if plan.context == "in_context" else 0
 
 
 def choose_fillers(wanted: Sequence[Operator], known: Sequence[Operator], count: int, seed: int) -> list[int]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from sqlalchemy.orm import Session
 
 from lut_db.errors import InvalidInput
-from lut_db.estimates import OperatorRow, estimate
+from lut_db.estimates import OperatorRow, Traits, estimate
 from lut_db.measurements import Status
 from lut_db.networks import Network
 from lut_db.operators import Operator
@@ -59,15 +59,15 @@ def read_lookup(
 
     A constant number of statements, however many networks and operators are asked for.
     """
-    kinds = queries.known_kinds(session, keys)
-    unknown = [key for key in keys if key not in kinds]
+    traits = queries.known_traits(session, keys)
+    unknown = [key for key in keys if key not in traits]
     if unknown:
         undefined = tuple(key for key in unknown if key not in request.operators)
         return Lookup(unknown=undefined) if undefined else None
     rows = queries.frozen_rows(session, pin.id, keys)
     if pin.snapshot is None and (len(rows) < len(keys) or (not pin.correction_frozen and _any_latency(request, rows))):
         return None
-    return _answer(session, pin, request, rows, kinds, settings)
+    return _answer(session, pin, request, rows, traits, settings)
 
 
 def record_lookup(
@@ -79,8 +79,8 @@ def record_lookup(
     while something is missing, and the correction stays open. The caller holds the pin.
     """
     queries.put_workloads(session, request.operators)
-    kinds = queries.known_kinds(session, keys)
-    unknown = tuple(key for key in keys if key not in kinds)
+    traits = queries.known_traits(session, keys)
+    unknown = tuple(key for key in keys if key not in traits)
     if unknown:
         return Lookup(unknown=unknown), 0
     enqueued = 0
@@ -99,7 +99,7 @@ def record_lookup(
             queries.freeze_correction(session, pin)
     else:
         rows = queries.frozen_rows(session, pin.id, keys)
-    return _answer(session, pin, request, rows, kinds, settings), enqueued
+    return _answer(session, pin, request, rows, traits, settings), enqueued
 
 
 def _any_latency(request: LookupRequest, rows: Mapping[str, OperatorRow]) -> bool:
@@ -109,10 +109,10 @@ def _any_latency(request: LookupRequest, rows: Mapping[str, OperatorRow]) -> boo
 
 def _answer(
     session: Session, pin: m.Pin, request: LookupRequest, rows: Mapping[str, OperatorRow],
-    kinds: Mapping[str, str], settings: Settings,
+    traits: Mapping[str, Traits], settings: Settings,
 ) -> Lookup:  # fmt: skip
     told = dict(rows)
-    missing = [key for key in kinds if key not in told]
+    missing = [key for key in traits if key not in told]
     waiting = None
     if missing and pin.snapshot is not None:
         told |= {key: OperatorRow(status=Status.MISSING) for key in missing}
@@ -121,7 +121,7 @@ def _answer(
         waiting = waiting_for(session, pin.target, settings)
     correction = queries.read_correction(session, pin.correction)
     return Lookup(
-        operators=told, networks=tuple(estimate(network, told, kinds, correction) for network in request.networks),
+        operators=told, networks=tuple(estimate(network, told, traits, correction) for network in request.networks),
         correction=correction, waiting_for=waiting,
     )  # fmt: skip
 

@@ -30,7 +30,7 @@ import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from lut_db.errors import Conflict, InvalidInput, LatencyLabError, NotFound
-from lut_db.estimates import Correction, Estimate, OperatorRow, estimate
+from lut_db.estimates import Correction, Estimate, OperatorRow, Traits, estimate
 from lut_db.measurements import Status
 from lut_db.networks import Network
 from lut_db.operators import Operator
@@ -182,7 +182,7 @@ class ProfilerClient:
         self._pin: Pin | None = None
         self._correction: Correction | None = None
         self._rows: dict[str, OperatorRow] = {}
-        self._kinds: dict[str, str] = {}
+        self._traits: dict[str, Traits] = {}
 
     def close(self) -> None:
         self._http.close()
@@ -253,13 +253,13 @@ class ProfilerClient:
         for network in networks:
             keys.append([operator.key for operator in network.operators])
             definitions.update(zip(keys[-1], network.operators, strict=True))
-        self._kinds.update((key, operator.kind) for key, operator in definitions.items())
+        self._traits.update((key, Traits.of(operator)) for key, operator in definitions.items())
         lacking = {key: operator for key, operator in definitions.items() if key not in self._rows}
         self.counters.networks += len(networks)
         self.counters.lookups += sum(map(len, keys))
         self.counters.operators += len(lacking)
         self._learn(lacking)
-        return [estimate(network, self._rows, self._kinds, self._correction) for network in keys]
+        return [estimate(network, self._rows, self._traits, self._correction) for network in keys]
 
     def _learn(self, lacking: dict[str, Operator]) -> None:
         """Reads the rows of operators that were never asked for, and waits for those that must be measured."""

@@ -116,12 +116,15 @@ class Plan(Base):
 
 
 class Workload(Base):
-    """What can be measured: an operator, or a whole network."""
+    """What can be measured: an operator, or a whole network. `family` and `parameters` are what corrections ask of
+    it."""
 
     __tablename__ = "workloads"
 
     key: Mapped[str] = mapped_column(String(32), primary_key=True)
     kind: Mapped[str] = mapped_column(String(32), index=True)
+    family: Mapped[str] = mapped_column(String(64))
+    parameters: Mapped[int] = mapped_column(BigInteger)
     definition: Mapped[dict[str, Any]]
 
 

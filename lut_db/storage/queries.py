@@ -40,7 +40,7 @@ from sqlalchemy.orm import Session, aliased, undefer
 
 from lut_db import estimates, plans, targets
 from lut_db.errors import NotFound
-from lut_db.estimates import OperatorRow
+from lut_db.estimates import OperatorRow, Traits
 from lut_db.measurements import Failure, Measurement, Status
 from lut_db.networks import Network
 from lut_db.operators import Operator
@@ -305,6 +305,8 @@ def put_workloads(session: Session, wanted: Mapping[str, Operator | Network]) ->
         {
             "key": key,
             "kind": m.NETWORK if isinstance(definition, Network) else definition.kind,
+            "family": m.NETWORK if isinstance(definition, Network) else definition.family,
+            "parameters": definition.parameters,
             "definition": definition.model_dump(mode="json"),
         }
         for key, definition in sorted(wanted.items())  # one order for all: no deadlock between writers
@@ -312,13 +314,13 @@ def put_workloads(session: Session, wanted: Mapping[str, Operator | Network]) ->
     session.execute(_insert(session, m.Workload).on_conflict_do_nothing(), rows)
 
 
-def known_kinds(session: Session, keys: Iterable[str]) -> dict[str, str]:
-    """The kinds of those of these operators that are known, by key."""
+def known_traits(session: Session, keys: Iterable[str]) -> dict[str, Traits]:
+    """What corrections ask of those of these operators that are known, by key."""
     each = _each(session, keys)
-    query = select(m.Workload.key, m.Workload.kind).where(
+    query = select(m.Workload.key, m.Workload.family, m.Workload.parameters).where(
         m.Workload.key.in_(select(each.c.value)), m.Workload.kind != m.NETWORK
     )
-    return {row[0]: row[1] for row in session.execute(query)}
+    return {key: Traits(family, parameters) for key, family, parameters in session.execute(query)}
 
 
 def read_definitions(session: Session, keys: Iterable[str]) -> dict[str, tuple[str, dict[str, Any]]]:

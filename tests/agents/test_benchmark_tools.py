@@ -9,8 +9,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from device_agents.benchmark_tools import (
+    BenchmarkRun,
     NotDelegated,
     Row,
+    Statistics,
     ToolFailed,
     parse_benchmark,
     parse_events,
@@ -268,18 +270,20 @@ def test_anything_unexpected_is_refused_and_kept(change: tuple[str, str], why: s
     assert changed.strip()[-200:] in str(caught.value)
 
 
-def test_short_runs_are_told_by_their_mean() -> None:
-    """The median of whole microseconds would be off by a third."""
-    said = NEWEST.replace(
-        "first=14850 curr=13315 min=13105 max=15765 avg=13920.2 std=470 p5=13105 median=13460 p95=15765",
-        "first=2 curr=1 min=1 max=2 avg=1.4 std=0 p5=1 median=1 p95=2",
-    ).replace("Inference (avg): 13920.2", "Inference (avg): 1.4")
-    assert parse_benchmark(said, 5, profiled=True).latency_ms == pytest.approx(0.0014)
-
-
 def test_faster_than_the_tick() -> None:
     with pytest.raises(ToolFailed, match="tick"):
         parse_benchmark(OLDEST.replace("curr=178", "curr=0").replace("stats: 178", "stats: 0"), 1)
+
+
+@pytest.mark.parametrize(
+    ("statistics", "latency_ms"),
+    [
+        (Statistics(6, 0, 2, 0.5, 0.0), 5e-4), (Statistics(6, 1, 60, 14.0, 3.0), 14e-3),
+        (Statistics(6, 9, 60, 20.0, 12.0), 12e-3), (Statistics(6, 9, 60, 20.0, None), 20e-3),
+    ],
+)  # fmt: skip
+def test_a_median_of_few_ticks_is_too_coarse(statistics: Statistics, latency_ms: float) -> None:
+    assert BenchmarkRun(statistics, (), ()).latency_ms == pytest.approx(latency_ms)
 
 
 @pytest.mark.parametrize(

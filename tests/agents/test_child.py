@@ -26,6 +26,7 @@ LIGHT: dict[str, Any] = {
 BACKEND = "cpu-onnxruntime"
 ENOUGH_BYTES = 1 << 30
 SMALL = Convolution(input=(1, 4, 8, 8), filters=4, kernel=(1, 1))
+SLOW = Convolution(input=(1, 32, 64, 64), filters=32, kernel=(3, 3))
 HUGE = Linear(input=(1, 1 << 16), features=1 << 12)
 
 
@@ -65,8 +66,9 @@ def test_the_limits_of_a_child() -> None:
 
 def test_what_takes_too_long_is_ended() -> None:
     options = Options()
-    agent = Agent("http://127.0.0.1:1", "here", BACKEND, backends.create(BACKEND, options), options, lease_limit_s=0.5)
-    report = agent._measure(ask(SMALL), threading.Event())
+    agent = Agent("http://127.0.0.1:1", "here", BACKEND, backends.create(BACKEND, options), options, lease_limit_s=1.0)
+    long = {"min_runs": 100_000, "settle_runs": 100_000, "max_runs": 100_000, "max_seconds": 3600}
+    report = agent._measure(ask(SLOW, **long), threading.Event())
     assert report is not None
     (measurement,) = report.measurements
     assert measurement.failure is not None

@@ -40,6 +40,8 @@ CORRECTION = Correction(
     scale=1.1,
     scales={"linear": 2.0},
     offset_ms=0.5,
+    cached_parameters=100,
+    spill_ms=50.0,
     relative_half_width=0.04,
     left_out=Fit(
         networks=12, mean_error=0.01, max_error=0.03, within_5_percent=1, within_10_percent=1, rank_correlation=1

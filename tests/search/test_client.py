@@ -9,7 +9,7 @@ import pytest
 from table_server import CORRECTION, TARGET, Table, latency_ms, serve
 
 from lut_db.errors import Conflict, InvalidInput, LatencyLabError, NotFound
-from lut_db.estimates import add_up
+from lut_db.estimates import Traits, add_up
 from lut_db.measurements import Status
 from lut_db.networks import Network, NetworkBuilder
 from lut_db.operators import Convolution, GlobalPool, Linear
@@ -63,7 +63,7 @@ def test_estimates_add_up_what_the_table_says(client: ProfilerClient, table: Tab
     networks = [make_network(8, 16), make_network(8, 8)]
     estimates = client.estimates(networks)
     for network, estimate in zip(networks, estimates, strict=True):
-        expected = add_up([(one.kind, latency_ms(one)) for one in network.operators], CORRECTION)
+        expected = add_up([(Traits.of(one), latency_ms(one)) for one in network.operators], CORRECTION)
         assert estimate == expected
         assert estimate.corrected
     assert client.correction == CORRECTION

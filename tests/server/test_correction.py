@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lut_db.errors import InvalidInput, MeasurementRefused
+from lut_db.estimates import Sums
 from profiler_server.correction import FLOOR, fit_correction, rank_correlation
 
 KINDS = ("add", "channel_bypass", "convolution", "squeeze_excite")
@@ -19,7 +20,7 @@ def draw(count: int, scales: dict[str, float], offset_ms: float, noise: float, s
     for _ in range(count):
         sums = {kind: float(rng.uniform(0.2, 3.0)) for kind in scales}
         latency_ms = offset_ms + sum(scales[kind] * value for kind, value in sums.items())
-        samples.append((sums, latency_ms * float(np.exp(rng.normal(0, noise)))))
+        samples.append((Sums(sums, int(rng.uniform(1e5, 1e7))), latency_ms * float(np.exp(rng.normal(0, noise)))))
     return samples
 
 
@@ -40,7 +41,10 @@ def test_known_coefficients_are_recovered(values: list[float], offset_ms: float,
 def test_coefficients_are_positive_whatever_is_measured(count: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     samples = [
-        ({kind: float(rng.exponential()) for kind in KINDS if rng.random() < 0.7} or {"add": 1.0}, float(value))
+        (
+            Sums({kind: float(rng.exponential()) for kind in KINDS if rng.random() < 0.7} or {"add": 1.0}, 1000),
+            float(value),
+        )
         for value in rng.exponential(size=count) + 1e-3
     ]
     try:
@@ -53,6 +57,24 @@ def test_coefficients_are_positive_whatever_is_measured(count: int, seed: int) -
     assert FLOOR <= correction.relative_half_width < 1
     assert len(left_out_ms) == count
     assert min(left_out_ms) > 0
+
+
+def test_weights_beyond_the_caches_are_paid_for() -> None:
+    rng = np.random.default_rng(2)
+    samples = [
+        (sums, (latency_ms + 0.2 * max(0, sums.parameters - 4_000_000) / 1e6) * float(np.exp(rng.normal(0, 0.005))))
+        for sums, latency_ms in draw(40, dict.fromkeys(KINDS, 1.0), 0.0, 0.0, 1)
+    ]
+    correction, _ = fit_correction(samples)
+    assert correction.spill_ms == pytest.approx(0.2, rel=0.3)
+    assert 2e6 < correction.cached_parameters < 6e6
+    for sums, latency_ms in samples:
+        assert correction.apply(sums) == pytest.approx(latency_ms, rel=0.04)
+
+
+def test_caches_without_an_end_are_the_rule() -> None:
+    correction, _ = fit_correction(draw(40, dict.fromkeys(KINDS, 1.0), 0.0, 0.01, 4))
+    assert (correction.cached_parameters, correction.spill_ms) == (0, 0.0)
 
 
 def test_one_outlier_does_not_rule() -> None:
@@ -97,9 +119,9 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     with pytest.raises(InvalidInput, match="too few"):
         fit_correction(samples)
     with pytest.raises(InvalidInput, match="positive"):
-        fit_correction([*samples, ({"add": 0.0}, 1.0)])
+        fit_correction([*samples, (Sums({"add": 0.0}, 0), 1.0)])
     with pytest.raises(InvalidInput, match="positive"):
-        fit_correction([*samples, ({"add": 1.0}, float("nan"))])
+        fit_correction([*samples, (Sums({"add": 1.0}, 0), float("nan"))])
 
 
 def test_rank_correlation() -> None:

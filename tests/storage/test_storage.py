@@ -210,7 +210,7 @@ def test_sets_travel_as_one_parameter(database: Database, size: int) -> None:
     event.listen(database.engine, "before_cursor_execute", lambda *told: statements.append(told[2]))
     with database.read() as session:
         assert len(queries.newest_rows(session, TARGET.key, PLAN.key, keys)) == size
-        assert len(queries.known_kinds(session, keys)) == size
+        assert len(queries.known_traits(session, keys)) == size
         assert queries.settled(session, TARGET.key, PLAN.key, keys) == size
     assert len([said for said in statements if not said.startswith("BEGIN")]) == 3
 
