@@ -1,8 +1,9 @@
 """Whose time is whose: ONNX Runtime's profile read back in terms of a network's nodes.
 
 The lowering names every ONNX node `n<number>/<part>` and every tensor of the network `t<i>`. Optimised nodes keep such
-a name, or are named after the tensor that they now make. Layout conversions (`ReorderInput`, `ReorderOutput`) have
-names of their own: they are charged to the operator that forces them, the one at their plain end.
+a name, or are named after the tensor that they now make. Layout conversions (`ReorderInput`, `ReorderOutput`, around
+int8 convolutions `Transpose`) have names of their own: they are charged to the operator that forces them, the one at
+their plain end.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from lut_db.lowering.onnx import node_number
 from lut_db.networks import Network
 
 LAYOUT_CONVERSIONS = frozenset({"ReorderInput", "ReorderOutput"})
+CHANNELS_LAST = [0, 2, 3, 1]
+"""The permutation of axes that plain maps, (N, C, H, W), undergo before an int8 convolution."""
 COPIES = frozenset({"MemcpyFromHost", "MemcpyToHost"})
 KERNEL = "_kernel_time"
 
@@ -41,30 +44,54 @@ def owner(name: str, network: Network) -> int:
 def owners_in_graph(graph: onnx.GraphProto, network: Network) -> Owners:
     """The owners of all nodes of an optimised graph. Raises Unsupported where one has none."""
     owners: dict[str, tuple[int, bool]] = {}
-    made_by = {output: node.name for node in graph.node for output in node.output}
-    read_by: dict[str, list[str]] = defaultdict(list)
+    made_by = {output: node for node in graph.node for output in node.output}
+    read_by: dict[str, list[onnx.NodeProto]] = defaultdict(list)
     conversions = []
     for node in graph.node:
         for name in node.input:
-            read_by[name].append(node.name)
-        if node.op_type in LAYOUT_CONVERSIONS:
+            read_by[name].append(node)
+        if _converts_layout(node):
             conversions.append(node)
         else:
             owners[node.name] = (_owner_of(node, network), False)
-    # Every conversion is charged after all others are known; two in a row do not occur.
-    producer: tuple[int, bool] | None
-    for node in conversions:
+
+    def producer(name: str) -> int | None:
+        """Whose a tensor is, through any conversions before it."""
         try:  # a tensor keeps its name where a reshape that makes it was joined with the one before
-            producer = (owner(node.input[0], network), False)
+            return owner(name, network)
         except Unsupported:
-            producer = owners.get(made_by.get(node.input[0], ""))
-        readers = [owners[name] for name in read_by[node.output[0]] if name in owners]
-        blocked_to_plain = node.op_type == "ReorderOutput"
-        charged = (readers[0] if readers else producer) if blocked_to_plain else (producer or readers[0])
+            maker = made_by.get(name)
+        if maker is None:
+            return None
+        return owners[maker.name][0] if maker.name in owners else producer(maker.input[0])
+
+    def reader(name: str) -> int | None:
+        """Who reads a tensor, through any conversions behind it."""
+        behind = (owners[node.name][0] if node.name in owners else reader(node.output[0]) for node in read_by[name])
+        return next((number for number in behind if number is not None), None)
+
+    # Every conversion is charged after all others are known.
+    charges = {}
+    for node in conversions:
+        before, behind = producer(node.input[0]), reader(node.output[0])
+        first, second = (behind, before) if _to_plain(node) else (before, behind)
+        charged = second if first is None else first
         if charged is None:
             raise Unsupported(f"the layout conversion {node.name!r} of the optimised graph belongs to no operator")
-        owners[node.name] = (charged[0], True)
-    return owners
+        charges[node.name] = (charged, True)
+    return {**owners, **charges}
+
+
+def _converts_layout(node: onnx.NodeProto) -> bool:
+    """Whether the runtime put a node in. A network's own transposes have the names that they were given."""
+    return node.op_type in LAYOUT_CONVERSIONS or (node.op_type == "Transpose" and node_number(node.name) is None)
+
+
+def _to_plain(node: onnx.NodeProto) -> bool:
+    """Whether plain maps come out of a conversion."""
+    if node.op_type == "Transpose":
+        return list(onnx.helper.get_node_attr_value(node, "perm")) != CHANNELS_LAST
+    return node.op_type == "ReorderOutput"
 
 
 def _owner_of(node: onnx.NodeProto, network: Network) -> int:

@@ -31,6 +31,7 @@ from lut_db.operators import (
     GlobalPool,
     LayerNorm,
     Linear,
+    MatMul,
     Operator,
     Pool,
     Rearrange,
@@ -48,6 +49,8 @@ is an adapter's."""
 
 FUSED_INTO_CONVOLUTIONS = frozenset({"add", "activation"})
 CLAMPS = frozenset({"relu", "relu6"})
+TABLES = frozenset({"sigmoid", "hard_sigmoid"})
+"""Activations that are looked up in a table where there are only 256 values."""
 
 IMAGE_CHANNELS = 8
 """Channels of a carrier's input: enough for a runtime's blocked layout, so that the first adapter is ordinary. Also
@@ -437,6 +440,10 @@ class _Walk:
             return isinstance(maker, Rearrange) or self._undone(operator, tensor)
         if isinstance(operator, LayerNorm):
             return isinstance(maker, Add)  # runtimes have one kernel for both
+        if isinstance(operator, MatMul) and operator.scaled:
+            return isinstance(maker, Activate) and maker.activation in TABLES
+        if isinstance(operator, Activate) and getattr(maker, "activation", None) in TABLES:
+            return True  # in int8 two tables are one
         if operator.kind not in FUSED_INTO_CONVOLUTIONS:
             return False
         if _clamps(operator) and (isinstance(maker, Pool) or getattr(maker, "activation", None) in CLAMPS):
@@ -458,9 +465,21 @@ class _Walk:
         return False
 
     def _second_input(self, operator: Operator, current: int) -> int | None:
-        """A tensor other than `current` for the second input: the latest that fits, as a block's shortcut is."""
+        """A tensor other than `current` for the second input: the latest that fits, as a block's shortcut is.
+
+        An activation and its own input do not go together: in int8 their sum is one more function of the input.
+        """
         fitting = reversed(self.tensors.get(operator.inputs[1], []))
-        return next((t for t in fitting if t != current and not self._would_fuse(operator, t)), None)
+        return next(
+            (t for t in fitting if t != current and not self._would_fuse(operator, t)
+             and not self._activates(current, t) and not self._activates(t, current)), None,
+        )  # fmt: skip
+
+    def _activates(self, tensor: int, other: int) -> bool:
+        """Whether one tensor is the activation of the other, and nothing else."""
+        if tensor < self.inputs or not isinstance(self.build.operator(tensor), Activate):
+            return False
+        return other in self.build.read(tensor)
 
     def _origin(self, operator: Operator) -> int | None:
         """A tensor from which an adapter can make the second input: the smallest map, then the narrowest."""

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from lut_db.errors import InvalidInput
 
+Choice = TypeVar("Choice", bound=str)
 
-def choice(given: Mapping[str, str], name: str, choices: Sequence[str]) -> str:
+
+def choice(given: Mapping[str, str], name: str, choices: Sequence[Choice]) -> Choice:
     """One of the choices, the first by default."""
     value = given.get(name, choices[0])
-    if value not in choices:
-        raise InvalidInput(f"{value!r} is no {name}", field=f"settings.{name}", remedy=f"one of {', '.join(choices)}")
-    return value
+    for known in choices:
+        if known == value:
+            return known
+    raise InvalidInput(f"{value!r} is no {name}", field=f"settings.{name}", remedy=f"one of {', '.join(choices)}")
 
 
 def switch(given: Mapping[str, str], name: str) -> bool:

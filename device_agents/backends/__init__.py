@@ -115,7 +115,8 @@ class Backend(Protocol):
         """
 
     def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
-        """The network's outputs, to compare with the reference. Raises NotImplementedError where no tool tells."""
+        """The network's outputs, to compare with the reference; in int8 with ranges of these inputs. Raises
+        NotImplementedError where no tool tells."""
 
 
 @runtime_checkable

@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Protocol
 
 import numpy as np
 import onnx
@@ -41,7 +41,7 @@ from lut_db.lowering.weights import Weights
 from lut_db.measurements import Evidence, Failure
 from lut_db.networks import Network, NetworkBuilder
 from lut_db.plans import Plan
-from lut_db.targets import Precision, Target
+from lut_db.targets import PRECISIONS, Precision, Target
 
 log = logging.getLogger("device-agent")
 
@@ -56,6 +56,8 @@ WARMED_C = 5.0
 """A phone may get warmer than the limit by this while it measures."""
 THROTTLED = 1
 """The lowest thermal status of Android at which it throttles (1 light … 6 shutdown)."""
+FORCE_FP16 = "xnnpack_force_fp16"
+"""benchmark_model's flag, in its newer builds."""
 TIMEOUT_S = 120.0
 """A tool may take this long beside its runs, and SLOWER times as long for a run as it took at first."""
 SLOWER = 20.0
@@ -76,7 +78,7 @@ SETTINGS = {
     "keys": f"folder of the key that phones authorise, made on first use; {KEYS} by default",
     "cores": "cores of the phone to pin the tool to, like 6,7; any by default (--cores are this computer's)",
     "accelerator": f"one of {', '.join(ACCELERATORS)}; cpu by default",
-    "precision": "fp32 or, on the accelerators of benchmark_model, fp16; fp32 by default",
+    "precision": "fp32, int8 or, with benchmark_model on accelerators and with XNNPACK, fp16; fp32 by default",
     "xnnpack": "true or false: whether XNNPACK runs the graph on the CPU; true by default for benchmark_model",
     "max_temperature_c": f"hottest battery or skin at which it is measured; {MAX_TEMPERATURE_C:.0f} by default",
     "fixed_performance": "true or false: have Android 11 or later hold its clocks; false by default",
@@ -110,11 +112,15 @@ class _Setup:
         given = options.settings
         tool = choice(given, "tool", TOOLS)
         accelerator = choice(given, "accelerator", ACCELERATORS)
-        precision = choice(given, "precision", ("fp32", "fp16"))
+        precision = choice(given, "precision", PRECISIONS)
+        xnnpack = _flag(given, "xnnpack", tool == "benchmark_model")
         if tool == "onnxruntime_perf_test" and accelerator == "gpu":
             raise InvalidInput(f"{tool} has no GPU on phones", field="settings.accelerator", remedy="cpu or nnapi")
-        if precision == "fp16" and (tool != "benchmark_model" or accelerator == "cpu"):
-            raise InvalidInput("fp16 is for the accelerators of benchmark_model", field="settings.precision")
+        if precision == "fp16" and (tool != "benchmark_model" or (accelerator == "cpu" and not xnnpack)):
+            raise InvalidInput(
+                "only benchmark_model calculates in fp16, on accelerators and with XNNPACK",
+                field="settings.precision", remedy="tool=benchmark_model and xnnpack=true; or int8",
+            )  # fmt: skip
         if "tool_file" in given and "tool_path" in given:
             raise InvalidInput("either tool_path or tool_file", field="settings.tool_file")
         tool_path = given.get("tool_path", f"{TOOL_FOLDER}/{tool}")
@@ -126,8 +132,7 @@ class _Setup:
             devices=tuple(adb.split(given.get("devices", ""))), tool=tool, tool_path=tool_path,
             tool_file=Path(given["tool_file"]) if "tool_file" in given else None, folder=folder,
             keys=Path(given.get("keys", KEYS)).expanduser(), threads=options.threads, cores=_cores(given),
-            accelerator=accelerator, precision=cast(Precision, precision),
-            xnnpack=_flag(given, "xnnpack", tool == "benchmark_model"),
+            accelerator=accelerator, precision=precision, xnnpack=xnnpack,
             max_temperature_c=_number(given, "max_temperature_c", MAX_TEMPERATURE_C),
             fixed_performance=_flag(given, "fixed_performance", False),
             timeout_s=_number(given, "timeout_s", TIMEOUT_S),
@@ -588,7 +593,7 @@ class _BenchmarkModel:
         self._flags: frozenset[str] | None = None
 
     def lower(self, network: Network) -> bytes:
-        return to_tflite(network)
+        return to_tflite(network, precision=self.setup.precision)
 
     def start(self, path: str, runs: int, profiled: _Profiled | None, limit_s: float) -> _Start:
         if profiled is not None and profiled.parts:
@@ -599,6 +604,10 @@ class _BenchmarkModel:
             f"--max_secs={limit_s:.0f}", "--warmup_runs=1", "--warmup_min_secs=0",
             f"--use_xnnpack={str(setup.accelerator == 'cpu' and setup.xnnpack).lower()}",
         ]  # fmt: skip
+        if self.forced:
+            if FORCE_FP16 not in self.flags():
+                raise Unsupported(f"this build of {setup.tool} has no flag --{FORCE_FP16}")
+            arguments.append(f"--{FORCE_FP16}=true")
         half = str(setup.precision == "fp16").lower()
         if setup.accelerator == "gpu":
             arguments += ["--use_gpu=true", f"--gpu_precision_loss_allowed={half}", "--require_full_delegation=true"]
@@ -615,7 +624,8 @@ class _BenchmarkModel:
             return _Start([read.latency_ms], None)
         operators = model_operators(profiled.model, profiled.network)
         try:
-            return _Start([read.latency_ms], _tflite_times(read.profile, operators, profiled.network))
+            times = _tflite_times(read.profile, operators, profiled.network, fp16=self.forced)
+            return _Start([read.latency_ms], times)
         except _AddedUp as error:
             alone = {operators[number].owner for number in error.own}
             if len(profiled.network.nodes) == 1:
@@ -624,7 +634,7 @@ class _BenchmarkModel:
         return self._start_parts(runs, profiled, limit_s)
 
     def _part(self, network: Network, numbers: tuple[int, ...]) -> _Part:
-        model = self.lower(network)
+        model = to_tflite(network, precision=self.setup.precision, inner=True)
         return _Part(self.backend.phone.put(model, self.suffix), _Profiled(network, model), numbers)
 
     def _start_parts(self, runs: int, profiled: _Profiled, limit_s: float) -> _Start:
@@ -639,6 +649,11 @@ class _BenchmarkModel:
             whole.total_ms[:, numbers] = start.times.total_ms
             whole.events[numbers] = start.times.events
         return _Start([latency_ms], whole)
+
+    @property
+    def forced(self) -> bool:
+        """Whether XNNPACK is to calculate in fp16."""
+        return self.setup.precision == "fp16" and self.setup.accelerator == "cpu"
 
     def flags(self) -> frozenset[str]:
         """The flags that the tool on this phone knows."""
@@ -686,37 +701,39 @@ def _cut(network: Network, alone: set[int]) -> list[tuple[Network, tuple[int, ..
     return parts
 
 
-def _tflite_times(rows: Sequence[Row], operators: Sequence[ModelOperator], network: Network) -> NodeTimes:
+def _tflite_times(
+    rows: Sequence[Row], operators: Sequence[ModelOperator], network: Network, *, fp16: bool = False
+) -> NodeTimes:
     """The rows of a profile by the network's nodes; rows are means, so there is one row of times.
 
     Raises Unsupported where a row cannot be charged to a node, and _AddedUp where the graph must be cut.
     """
     own: dict[int, Row] = {}
-    inside: dict[int, Row] = {}
-    added_up = False
+    inside: list[Row] = []
+    added_up = left_out = False
     for row in rows:
         if row.index is None:
             continue  # the runtime's other work
         if row.inside:
-            added_up |= row.index in inside or row.calls != 1
-            inside[row.index] = row
+            # Each part that XNNPACK runs is counted from zero.
+            added_up |= row.calls != 1
+            left_out |= row.index not in (0, inside[-1].index + 1 if inside and inside[-1].index is not None else 0)
+            inside.append(row)
         elif row.index < len(operators):
             # Some builds describe an operator behind its name.
             if row.type.partition("/")[0] != operators[row.index].code or row.index in own or row.calls != 1:
                 raise Unsupported(f"the profile names an operator {row.type}, {row.index}, that the model has not")
             own[row.index] = row
         # A delegate is counted behind the model's operators; what it ran is told by the rows inside it.
-    if added_up:
+    if added_up or (left_out and own):
         raise _AddedUp(frozenset(own))
-    if sorted(inside) != list(range(len(inside))):
+    if left_out:
         raise Unsupported("the profile leaves out operators of XNNPACK")
     if not inside and len(own) != len(operators):
         raise Unsupported("the profile does not tell the times of what a delegate ran")
     charged = [(row, operators[index], 0.0) for index, row in own.items()]
-    ran = [inside[index] for index in range(len(inside))]
-    for row, (operator, missing_us) in zip(
-        ran, xnnpack.attribute([row.type for row in ran], operators, own), strict=True
-    ):
+    attributed = xnnpack.attribute([row.type for row in inside], operators, own, fp16=fp16)
+    for row, (operator, missing_us) in zip(inside, attributed, strict=True):
         charged.append((row, operator, missing_us))
     times_ms = np.zeros((1, len(network.nodes)))
     events = np.zeros(len(network.nodes), dtype=np.int64)
@@ -735,7 +752,7 @@ class _PerfTest:
         self.backend = backend
 
     def lower(self, network: Network) -> bytes:
-        return to_onnx(network).SerializeToString()
+        return to_onnx(network, precision=self.setup.precision).SerializeToString()
 
     def start(self, path: str, runs: int, profiled: _Profiled | None, limit_s: float) -> _Start:
         arguments = self._arguments(runs)

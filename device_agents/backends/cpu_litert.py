@@ -27,21 +27,24 @@ from numpy.typing import NDArray
 
 from device_agents import energy, evidence
 from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
+from device_agents.settings import choice
 from device_agents.xnnpack import attribute
 from lut_db.errors import InvalidInput
+from lut_db.lowering.int8 import Samples
 from lut_db.lowering.tflite import ModelOperator, model_operators, to_nchw, to_nhwc, to_tflite
 from lut_db.lowering.weights import Weights
 from lut_db.measurements import Evidence, Failure
 from lut_db.networks import Network
 from lut_db.operators import Convolution
 from lut_db.plans import Plan
-from lut_db.targets import Target
+from lut_db.targets import PRECISIONS, Precision, Target
 
 PACKAGE = "ai-edge-litert"
 SERIES = "2.3."
 """The series of the package whose C interface this file speaks; it is not fixed between series."""
 
 SETTINGS = {
+    "precision": "fp32, int8 or, with XNNPACK on a processor that can, fp16; fp32 by default",
     "xnnpack": "on or off: XNNPACK's kernels or the runtime's own; on by default",
     "huge_pages": "on or off: memory in huge pages; on by default where the system can",
     "powercap": f"the folder in which the system counts energy; {energy.POWERCAP} by default",
@@ -53,7 +56,11 @@ def create(options: Options) -> Backend:
     xnnpack = options.settings.get("xnnpack", "on")
     if xnnpack not in ("on", "off"):
         raise InvalidInput(f"{xnnpack!r} is neither on nor off", field="settings.xnnpack", remedy="on or off")
-    return CpuLitert(options, xnnpack == "on", evidence.huge_pages(options.settings))
+    precision = choice(options.settings, "precision", PRECISIONS)
+    backend = CpuLitert(options, xnnpack == "on", evidence.huge_pages(options.settings), precision)
+    if precision == "fp16":
+        backend.check_fp16()
+    return backend
 
 
 def doctor(options: Options) -> Iterator[Check]:
@@ -96,10 +103,30 @@ class _Watch(evidence.CpuWatch):
 class CpuLitert:
     burst: int | None = 1
 
-    def __init__(self, options: Options, xnnpack: bool, huge_pages: bool):
+    def __init__(self, options: Options, xnnpack: bool, huge_pages: bool, precision: Precision = "fp32"):
         self.options = options
         self.xnnpack = xnnpack
         self.huge_pages = huge_pages
+        self.precision: Precision = precision
+
+    def check_fp16(self) -> None:
+        """Raises InvalidInput where XNNPACK has no kernels of fp16 for this processor."""
+        why = "the runtime's own kernels are of fp32 and int8"
+        if self.xnnpack:
+            try:
+                session = _Session(Network.of(_PROBE), self, True)
+                session.time(1)
+                session.node_times()
+                assert session.profile is not None
+                if any(FP16_KERNEL in entry.name for entry in session.profile.entries or ()):
+                    return
+                why = "XNNPACK ran fp32 instead"
+            except Unsupported as error:
+                why = str(error)
+        raise InvalidInput(
+            f"no fp16 here: {why}", field="settings.precision",
+            remedy="fp32 or int8; fp16 takes xnnpack=on and F16C and AVX2 (x86) or FEAT_FP16 (Arm v8.2)",
+        )  # fmt: skip
 
     def environment(self) -> dict[str, str]:
         return evidence.huge_page_environment(self.huge_pages)
@@ -112,6 +139,7 @@ class CpuLitert:
             runtime_version=metadata.version(PACKAGE),
             threads=self.options.threads,
             cores=self.options.cores,
+            precision=self.precision,
             clock_policy=evidence.clock_policy(),
             options={"xnnpack": "on" if self.xnnpack else "off", "huge_pages": "on" if self.huge_pages else "off"},
         )
@@ -129,7 +157,7 @@ class CpuLitert:
         return _Session(model, self, profile)
 
     def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
-        session = _Session(network, self, False, weights)
+        session = _Session(network, self, False, weights, [inputs])
         session.write([to_nhwc(values) for values in inputs])
         session.time(1)
         return [to_nchw(values) for values in session.read()]
@@ -153,6 +181,10 @@ ERRORS_ONLY = 3
 INTEGER = 2
 CPU_OPTIONS, RUNTIME_OPTIONS = b"xnnpack", b"runtime_options_string"
 """What the runtime calls the options for its processor kernels and for itself; both are TOML."""
+FP16_FLAGS = 1 | 2 | 4
+"""XNNPACK's: kernels of int8, of uint8, and of fp16 in place of fp32, or none at all."""
+FP16_KERNEL = ", F16)"
+"""How the name goes on of an operator of XNNPACK that has one kernel for each precision."""
 
 
 class _Layout(ctypes.Structure):
@@ -258,7 +290,10 @@ class _Tensor:
 class _Session:
     """A model ready to run, with buffers for its inputs and outputs."""
 
-    def __init__(self, model: Network | Path, backend: CpuLitert, profile: bool, weights: Weights | None = None):
+    def __init__(
+        self, model: Network | Path, backend: CpuLitert, profile: bool, weights: Weights | None = None,
+        samples: Samples | None = None,
+    ):  # fmt: skip
         self.backend = backend
         self.library = library = _library()
         made: list[tuple[str, c_void_p]] = []
@@ -274,7 +309,7 @@ class _Session:
         if isinstance(model, Path):
             source = make("LiteRtDestroyModel", "LiteRtCreateModelFromFile", library.environment, str(model).encode())
         else:
-            kept.append(to_tflite(model, weights))
+            kept.append(to_tflite(model, weights, precision=backend.precision, samples=samples))
             source = make(
                 "LiteRtDestroyModel", "LiteRtCreateModelFromBuffer", library.environment, c_char_p(kept[0]),
                 c_size_t(len(kept[0])),
@@ -282,8 +317,9 @@ class _Session:
         options = make("LiteRtDestroyOptions", "LiteRtCreateOptions")
         library.call("LiteRtSetOptionsHardwareAccelerators", options, CPU)
         kernels = "delegate" if backend.xnnpack else "builtin"
+        flags = f"flags = {FP16_FLAGS}\n" if backend.precision == "fp16" else ""
         for identifier, text in (
-            (CPU_OPTIONS, f'num_threads = {backend.options.threads}\nkernel_mode = "{kernels}"\n'),
+            (CPU_OPTIONS, f'num_threads = {backend.options.threads}\nkernel_mode = "{kernels}"\n{flags}'),
             (RUNTIME_OPTIONS, f"enable_profiling = {'true' if profile else 'false'}\n"),
         ):
             kept.append(text.encode())
@@ -308,7 +344,7 @@ class _Session:
         self._run()
         if profile:
             assert isinstance(model, Network), "only networks can be profiled"
-            self.profile = _Profile(library, self.model, model, model_operators(kept[0], model), backend.xnnpack)
+            self.profile = _Profile(library, self.model, model, model_operators(kept[0], model), backend)
 
     def _tensors(self, make: Callable[..., c_void_p], signature: c_void_p, side: str) -> list[_Tensor]:
         """The tensors of one side with fresh buffers, in the sizes that the runtime gave to those left open."""
@@ -427,12 +463,12 @@ class _Profile:
     """Collects the runtime's profile and tells it by the network's nodes."""
 
     def __init__(
-        self, library: _Library, model: c_void_p, network: Network, operators: list[ModelOperator], xnnpack: bool
+        self, library: _Library, model: c_void_p, network: Network, operators: list[ModelOperator], backend: CpuLitert
     ):
         self.library = library
         self.nodes = len(network.nodes)
         self.operators = operators
-        self.xnnpack = xnnpack
+        self.backend = backend
         self.profiler = library.make("LiteRtCompiledModelGetProfiler", model)
         if not self.profiler:
             raise Unsupported("LiteRT made no profiler for this network")
@@ -476,7 +512,7 @@ class _Profile:
             ]
             if self.entries is None:
                 self.entries = entries
-                self.charges = _charges(entries, self.operators, self.xnnpack)
+                self.charges = _charges(entries, self.operators, self.backend)
             elif entries != self.entries:
                 raise Unsupported(f"run {len(self.runs)} of the profile differs from the first")
             elapsed_us = events["elapsed_us"][kept].astype(np.float64)
@@ -486,7 +522,9 @@ class _Profile:
             self.runs.append(times_ms)
 
 
-def _charges(entries: Sequence[_Entry], operators: Sequence[ModelOperator], xnnpack: bool) -> list[tuple[int, float]]:
+def _charges(
+    entries: Sequence[_Entry], operators: Sequence[ModelOperator], backend: CpuLitert
+) -> list[tuple[int, float]]:
     """For every entry of a run: the network's node that pays for it, and what its rounding took off in microseconds.
 
     Raises Unsupported where an entry is not one of what the model's operators are known to become.
@@ -496,21 +534,22 @@ def _charges(entries: Sequence[_Entry], operators: Sequence[ModelOperator], xnnp
         if entry.type not in (OPERATOR, DELEGATED):
             raise Unsupported(f"the profile has an entry {entry.name!r} of the unknown type {entry.type}")
         if entry.type == DELEGATED:
-            if not xnnpack:
+            if not backend.xnnpack:
                 raise Unsupported(f"the profile names {entry.name!r} of a delegate where none was asked for")
             continue
         known = 0 <= entry.index < len(operators) and operators[entry.index].code == entry.name
         if not known or entry.index in own:
             raise Unsupported(f"the profile names an operator {entry.name!r}, {entry.index}, that the model has not")
         own[entry.index] = number
-    if not xnnpack and len(own) < len(operators):
+    if not backend.xnnpack and len(own) < len(operators):
         missing = min(set(range(len(operators))) - set(own))
         raise Unsupported(f"the profile does not tell operator {missing}, {operators[missing].code}")
     ran = [number for number, entry in enumerate(entries) if entry.type == DELEGATED]
     charged = dict.fromkeys(range(len(entries)), (0, 0.0))
     for index, number in own.items():
         charged[number] = (operators[index].owner, 0.0)
-    attributed = attribute([entries[number].name for number in ran], operators, set(own))
+    names = [entries[number].name for number in ran]
+    attributed = attribute(names, operators, set(own), fp16=backend.precision == "fp16")
     for number, (operator, missing_us) in zip(ran, attributed, strict=True):
         charged[number] = (operator.owner, missing_us)
     return list(charged.values())

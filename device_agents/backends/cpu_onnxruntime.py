@@ -2,7 +2,8 @@
 
 On x86 and Arm this runtime keeps feature maps in a blocked layout between convolutions and inserts nodes
 `ReorderInput` and `ReorderOutput` where an operator wants plain maps. Such a conversion is charged to the operator
-that forces it, the one at its plain end: then an operator's row depends less on its neighbours.
+that forces it, the one at its plain end: then an operator's row depends less on its neighbours. In int8 the channels
+come last between convolutions, and the nodes that convert are transposes.
 """
 
 from __future__ import annotations
@@ -21,20 +22,36 @@ from numpy.typing import NDArray
 
 from device_agents import energy, evidence, ort_profile, ort_session
 from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options
+from device_agents.settings import choice
+from lut_db.errors import InvalidInput
 from lut_db.lowering.onnx import tensor_name, to_onnx
 from lut_db.lowering.weights import Weights
 from lut_db.networks import Network
-from lut_db.targets import Target
+from lut_db.targets import PRECISIONS, Precision, Target
+
+INT8_KERNELS = ("all", "extended")
+"""Optimisations that put int8 kernels in place of float32 between quantisers."""
 
 SETTINGS = {
     **ort_session.SETTING,
+    "precision": "fp32 or int8; fp32 by default",
     "huge_pages": "on or off: memory in huge pages; on by default where the system can",
     "powercap": f"the folder in which the system counts energy; {energy.POWERCAP} by default",
 }
 
 
 def create(options: Options) -> Backend:
-    return CpuOnnxruntime(options, ort_session.level(options.settings), evidence.huge_pages(options.settings))
+    level = ort_session.level(options.settings)
+    precision = choice(options.settings, "precision", PRECISIONS)
+    if precision == "fp16":
+        raise InvalidInput(
+            "ONNX Runtime calculates fp16 in fp32 on processors, between conversions, for want of kernels",
+            field="settings.precision", remedy="fp32 or int8 here; fp16 with cpu-litert",
+        )  # fmt: skip
+    if precision == "int8" and level not in INT8_KERNELS:
+        raise InvalidInput(f"at {level!r} int8 runs in fp32 kernels", field="settings.graph_optimization",
+                           remedy=f"one of {', '.join(INT8_KERNELS)}")  # fmt: skip
+    return CpuOnnxruntime(options, level, evidence.huge_pages(options.settings), precision)
 
 
 def doctor(options: Options) -> Iterator[Check]:
@@ -48,10 +65,11 @@ def doctor(options: Options) -> Iterator[Check]:
 class CpuOnnxruntime:
     burst: int | None = 1
 
-    def __init__(self, options: Options, level: str, huge_pages: bool):
+    def __init__(self, options: Options, level: str, huge_pages: bool, precision: Precision = "fp32"):
         self.options = options
         self.level = level
         self.huge_pages = huge_pages
+        self.precision: Precision = precision
 
     def environment(self) -> dict[str, str]:
         return evidence.huge_page_environment(self.huge_pages)
@@ -64,6 +82,7 @@ class CpuOnnxruntime:
             runtime_version=onnxruntime.__version__,
             threads=self.options.threads,
             cores=self.options.cores,
+            precision=self.precision,
             clock_policy=evidence.clock_policy(),
             options={"graph_optimization": self.level, "huge_pages": "on" if self.huge_pages else "off"},
         )
@@ -78,27 +97,25 @@ class CpuOnnxruntime:
         return energy.of_processor(self.options.settings)
 
     def load(self, model: Network | Path, *, profile: bool) -> Loaded:
-        return _Session(model, self.options.threads, self.level, profile)
+        return _Session(model, self.options.threads, self.level, profile, self.precision)
 
     def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
-        session = ort_session.open_session(
-            to_onnx(network, weights).SerializeToString(), ort_session.session_options(self.options.threads, self.level)
-        )
+        model = to_onnx(network, weights, precision=self.precision, samples=[inputs]).SerializeToString()
+        session = ort_session.open_session(model, ort_session.session_options(self.options.threads, self.level))
         named = {tensor_name(tensor): values for tensor, values in enumerate(inputs)}
         return [np.asarray(output) for output in session.run(None, named)]
 
 
 class _Session:
-    def __init__(self, model: Network | Path, threads: int, level: str, profile: bool):
+    def __init__(self, model: Network | Path, threads: int, level: str, profile: bool, precision: Precision):
         settings = ort_session.session_options(threads, level)
         self.folder = tempfile.TemporaryDirectory(prefix="onnxruntime-") if profile else None
         if self.folder is not None:
             settings.enable_profiling = True
             settings.profile_file_prefix = os.path.join(self.folder.name, "profile")
             settings.optimized_model_filepath = os.path.join(self.folder.name, "optimized.onnx")
-        self.session = ort_session.open_session(
-            str(model) if isinstance(model, Path) else to_onnx(model).SerializeToString(), settings
-        )
+        said = str(model) if isinstance(model, Path) else to_onnx(model, precision=precision).SerializeToString()
+        self.session = ort_session.open_session(said, settings)
         if self.folder is not None:
             assert isinstance(model, Network), "only networks can be profiled"
             self.nodes = len(model.nodes)

@@ -28,7 +28,6 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import onnx
@@ -40,12 +39,14 @@ from device_agents import energy, evidence, nvml, ort_session
 from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
 from device_agents.settings import choice, switch
 from lut_db.errors import InvalidInput
-from lut_db.lowering.onnx import ELEMENTS, IR_VERSION, OPSET, Float, to_onnx
+from lut_db.lowering.onnx import IR_VERSION, OPSET, to_onnx
 from lut_db.lowering.weights import Weights
 from lut_db.networks import Network
-from lut_db.targets import Target
+from lut_db.targets import Precision, Target
 
 PROVIDER = "CUDAExecutionProvider"
+OFFERED: tuple[Precision, ...] = ("fp32", "fp16")
+"""What this provider has kernels for."""
 UNPROFILED = (
     "ONNX Runtime's profiler does not tell what a node takes on a GPU, only how long the host took to launch it: "
     "measure with a plan whose context is isolated or whole, or in context with the backend cuda-torch"
@@ -64,7 +65,7 @@ SETTINGS = {
 def create(options: Options) -> Backend:
     given = options.settings
     level = ort_session.level(given)
-    precision = cast(Float, choice(given, "precision", tuple(ELEMENTS)))
+    precision = choice(given, "precision", OFFERED)
     tf32, l2_flush = switch(given, "tf32"), switch(given, "l2_flush")
     locked_mhz = nvml.locked_mhz(options)
     lack = _provider()
@@ -109,7 +110,7 @@ class CudaOnnxruntime:
     unprofiled = UNPROFILED
 
     def __init__(
-        self, options: Options, gpu: nvml.Gpu, locked_mhz: int | None, *, level: str, precision: Float, tf32: bool,
+        self, options: Options, gpu: nvml.Gpu, locked_mhz: int | None, *, level: str, precision: Precision, tf32: bool,
         l2_flush: bool,
     ):  # fmt: skip
         self.options = options

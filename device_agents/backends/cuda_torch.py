@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -56,7 +55,7 @@ SETTINGS = {
     "l2_flush": "on or off: the GPU's cache is emptied before each run, as where other work comes between; off by "
     "default, as where a network runs over and over",
 }
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Setup:
     def of(cls, options: Options) -> Setup:
         given = options.settings
         return cls(
-            precision=cast(Precision, choice(given, "precision", tuple(DTYPES))), tf32=switch(given, "tf32"),
+            precision=choice(given, "precision", tuple(DTYPES)), tf32=switch(given, "tf32"),
             channels_last=switch(given, "channels_last"), l2_flush=switch(given, "l2_flush"),
         )  # fmt: skip
 

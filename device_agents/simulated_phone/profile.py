@@ -23,6 +23,8 @@ HOST_MEMORY = 1
 CPU = 1
 LOCK_TO_WRITE = 1
 MIN_SEVERITY_OPTION, ACCELERATORS_OPTION, INTEGER, ERRORS_ONLY = 25, 24, 2, 3
+FORCE_FP16 = 4
+"""XNNPACK's flag."""
 RUN, OPERATOR, DELEGATED = 1, 2, 8
 FIRST_OF_RUN = "LiteRT::Run[buffer registration]"
 INVOKE = "Invoke"
@@ -93,6 +95,7 @@ class ProfiledModel:
         xnnpack: bool,
         inputs: Sequence[dict[str, Any]],
         outputs: Sequence[dict[str, Any]],
+        fp16: bool = False,
     ) -> None:
         version = metadata.version("ai-edge-litert")
         if not version.startswith(SERIES):
@@ -106,7 +109,9 @@ class ProfiledModel:
         chosen = self._make("LiteRtCreateOptions")
         self._call("LiteRtSetOptionsHardwareAccelerators", chosen, CPU)
         kernels = "xnnpack" if xnnpack else "builtin"
-        self.texts = [f'num_threads = {threads}\nkernel_mode = "{kernels}"\n'.encode(), b"enable_profiling = true\n"]
+        flags = f"flags = {FORCE_FP16}\n" if fp16 else ""
+        settings = f'num_threads = {threads}\nkernel_mode = "{kernels}"\n{flags}'
+        self.texts = [settings.encode(), b"enable_profiling = true\n"]
         for name, text in zip((b"xnnpack", b"runtime_options_string"), self.texts, strict=True):
             opaque = self._make("LiteRtCreateOpaqueOptions", name, c_char_p(text), _keep)
             self._call("LiteRtAddOpaqueOptions", chosen, opaque)

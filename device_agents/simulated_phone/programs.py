@@ -188,9 +188,10 @@ class Node:
 
 
 class Graph:
-    """A model loaded by LiteRT. `nodes` is its profile so far, where one was asked for."""
+    """A model loaded by LiteRT. `nodes` is its profile so far, where one was asked for, or fp16, which only what is
+    profiled calculates in."""
 
-    def __init__(self, path: str, threads: int, xnnpack: bool, profile: bool) -> None:
+    def __init__(self, path: str, threads: int, xnnpack: bool, profile: bool, fp16: bool = False) -> None:
         from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
         resolver = OpResolverType.AUTO if xnnpack else OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
@@ -201,11 +202,11 @@ class Graph:
             self.interpreter.set_tensor(tensor["index"], random_input(tensor["shape"], tensor["dtype"], generator))
         self.operators: list[dict[str, Any]] = self.interpreter._get_ops_details()
         self.profiled = None
-        if profile:
+        if profile or fp16:
             from device_agents.simulated_phone.profile import ProfiledModel
 
             tensors = self.interpreter.get_input_details(), self.interpreter.get_output_details()
-            self.profiled = ProfiledModel(Path(path), threads, xnnpack, *tensors)
+            self.profiled = ProfiledModel(Path(path), threads, xnnpack, *tensors, fp16)
         self.nodes: dict[str, Node] = {}
 
     def delegated(self) -> int | None:
@@ -378,7 +379,8 @@ class BenchmarkModel:
         explicit = any(self[name] for name in DELEGATES)
         xnnpack = bool(self.given.get("use_xnnpack", not explicit))
         try:
-            return Graph(path, max(1, threads), xnnpack or explicit, bool(self["enable_op_profiling"]))
+            fp16 = xnnpack and bool(self["xnnpack_force_fp16"])
+            return Graph(path, max(1, threads), xnnpack or explicit, bool(self["enable_op_profiling"]), fp16)
         except (ValueError, RuntimeError) as error:
             for line in re.split(r"(?<=\.)(?=[A-Z])", str(error)):
                 self.log.error(line)

@@ -7,12 +7,14 @@ is called `t<i>`, so that a runtime's profile can be read back in terms of opera
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from lut_db.lowering.int8 import Samples, made_up_samples
+from lut_db.lowering.qdq import quantized
 from lut_db.lowering.weights import Array, Weights, checked, made_up
 from lut_db.networks import Network
 from lut_db.operators import (
@@ -33,6 +35,7 @@ from lut_db.operators import (
     TransposedConvolution,
     Upsample,
 )
+from lut_db.targets import Precision
 
 OPSET = 20
 OLDEST_OPSET = 18
@@ -40,11 +43,11 @@ OLDEST_OPSET = 18
 YOUNGEST = frozenset({"Gelu"})
 IR_VERSION = 9
 """Read by every ONNX Runtime since 1.15."""
-Float = Literal["fp32", "fp16"]
-ELEMENTS: dict[Float, tuple[type[np.floating], int]] = {
+ELEMENTS: dict[Precision, tuple[type[np.floating], int]] = {
     "fp32": (np.float32, TensorProto.FLOAT), "fp16": (np.float16, TensorProto.FLOAT16),
+    "int8": (np.float32, TensorProto.FLOAT),
 }  # fmt: skip
-"""For each precision: the elements of tensors and weights, in numpy and in ONNX."""
+"""For each precision: the elements of inputs, outputs and weights, in numpy and in ONNX; int8 is made of float32."""
 
 
 def tensor_name(tensor: int) -> str:
@@ -313,13 +316,16 @@ _LOWERINGS: dict[type[BaseOperator], Callable[[_Emitter, Any, Sequence[str]], No
 
 
 def to_onnx(
-    network: Network, weights: Weights | None = None, seed: int = 0, precision: Float = "fp32", *, oldest: bool = False
-) -> onnx.ModelProto:
+    network: Network, weights: Weights | None = None, seed: int = 0, precision: Precision = "fp32",
+    samples: Samples | None = None, *, oldest: bool = False,
+) -> onnx.ModelProto:  # fmt: skip
     """The network as an ONNX model, checked; inputs `t0`, `t1`, …, outputs named after their tensors.
 
-    In fp16 weights, inputs, outputs and all between are halves. `oldest`: in the oldest version of ONNX's operators
-    that has them all, for providers that do not know the newer ones. Without `weights` they are made up from `seed`.
-    Raises InvalidInput where weights do not fit the network.
+    In fp16 weights, inputs, outputs and all between are halves. In int8 (`lut_db.lowering.qdq`) inputs and outputs are
+    float32, and the ranges of activations are those on the inputs `samples`, made up where there are none; that takes
+    ONNX Runtime. `oldest`: in the oldest version of ONNX's operators that has them all, for providers that do not know
+    the newer ones. Without `weights` they are made up from `seed`. Raises InvalidInput where weights do not fit the
+    network, or where it overflows on the samples in int8.
     """
     dtype, element = ELEMENTS[precision]
     weights = made_up(network, seed) if weights is None else checked(network, weights)
@@ -344,5 +350,7 @@ def to_onnx(
     young = any(node.op_type in YOUNGEST for node in nodes)
     opset = helper.make_opsetid("", OLDEST_OPSET if oldest and not young else OPSET)
     model = helper.make_model(graph, opset_imports=[opset], ir_version=IR_VERSION, producer_name="latency-lab")
+    if precision == "int8":
+        model = quantized(model, samples or made_up_samples(network))
     onnx.checker.check_model(model)
     return model

@@ -7,6 +7,10 @@ turn arrays.
 Tensor `i` of the network is called `t<i>`, every other tensor `n<number>/<part>` after the network's node that it
 belongs to. What an operator of the model makes says whose it is (`owners`), so that a runtime's profile, which counts
 operators, can be read back in terms of nodes.
+
+In int8 everything between the network's inputs and outputs is, as TFLite's quantisation specification asks; the inputs
+and outputs stay float32 and are converted once. Only the parts of a layer norm are float32, whose reciprocal roots have
+no 8 bits to spare.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import flatbuffers
@@ -21,6 +26,7 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 from numpy.typing import NDArray
 
+from lut_db.lowering.int8 import Affine, Filters, Range, Samples, made_up_samples, merged
 from lut_db.lowering.weights import Array, Weights, checked, made_up
 from lut_db.networks import Network
 from lut_db.operators import (
@@ -45,6 +51,7 @@ from lut_db.operators import (
     extent,
     window_output,
 )
+from lut_db.targets import Precision
 
 SCHEMA_VERSION = 3
 FILE_IDENTIFIER = b"TFL3"
@@ -66,7 +73,23 @@ TOKENS_VERSION = 5
 """Of a linear layer that keeps the dimensions of its input."""
 CLAMPED_TRANSPOSED_VERSION = 4
 """Of a transposed convolution that has a bias and can do an activation."""
-TYPES = {np.dtype(np.float32): schema.TensorType.FLOAT32, np.dtype(np.int32): schema.TensorType.INT32}
+TYPES = {np.dtype(np.float32): schema.TensorType.FLOAT32, np.dtype(np.int32): schema.TensorType.INT32,
+         np.dtype(np.int8): schema.TensorType.INT8}  # fmt: skip
+
+INT8_VERSIONS = {Code.CONV_2D: 3, Code.DEPTHWISE_CONV_2D: 3, Code.FULLY_CONNECTED: 4, Code.RESHAPE: 1,
+                 Code.HARD_SWISH: 1}  # fmt: skip
+INT8_VERSION = 2
+"""From this version on an operator knows int8, where the one above does not say otherwise."""
+MOVING = frozenset({
+    Code.RESHAPE, Code.SLICE, Code.TRANSPOSE, Code.PAD, Code.PADV2, Code.MAX_POOL_2D, Code.AVERAGE_POOL_2D,
+    Code.RESIZE_NEAREST_NEIGHBOR, Code.RELU, Code.RELU6,
+})  # fmt: skip
+"""What has one scale before and behind; a concatenation too, whose inputs are brought to it."""
+PRODUCTS = frozenset({Code.MUL, Code.BATCH_MATMUL})
+WEIGHTED = frozenset({Code.CONV_2D, Code.DEPTHWISE_CONV_2D, Code.FULLY_CONNECTED, Code.TRANSPOSE_CONV})
+BELOW_ONE = Affine(np.float32(1 / 256), -128, np.int8)
+"""What a sigmoid and a softmax make, of which the specification wants no other scale."""
+FIXED = {Code.LOGISTIC: BELOW_ONE, Code.SOFTMAX: BELOW_ONE}
 
 
 def tensor_name(tensor: int) -> str:
@@ -90,13 +113,15 @@ def _nhwc(shape: Shape) -> Shape:
 @dataclass(frozen=True)
 class ModelOperator:
     """An operator of a model: its name in the format, like `CONV_2D`, the network's node that it belongs to, whether
-    an activation is fused into it, and the tensors that it reads and makes, constants left out, by their numbers."""
+    an activation is fused into it, the tensors that it reads and makes, constants left out, by their numbers, and
+    whether all of these are int8."""
 
     code: str
     owner: int
     clamped: bool
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
+    int8: bool = False
 
 
 _CODE_NAMES = {number: name for name, number in vars(Code).items() if not name.startswith("_")}
@@ -114,14 +139,16 @@ def model_operators(model: bytes, network: Network) -> list[ModelOperator]:
         operator = graph.Operators(number)
         outputs = tuple(int(operator.Outputs(i)) for i in range(operator.OutputsLength()))
         options = schema.OperatorT.InitFromObj(operator).builtinOptions
-        read = (int(operator.Inputs(i)) for i in range(operator.InputsLength()))
+        given = (int(operator.Inputs(i)) for i in range(operator.InputsLength()))
+        read = tuple(tensor for tensor in given if tensor >= 0 and not constant[tensor])
         found.append(
             ModelOperator(
                 code=_CODE_NAMES[root.OperatorCodes(operator.OpcodeIndex()).BuiltinCode()],
                 owner=_owner(graph.Tensors(outputs[0]).Name().decode(), network),
                 clamped=getattr(options, "fusedActivationFunction", FUSED["none"]) != FUSED["none"],
-                inputs=tuple(tensor for tensor in read if tensor >= 0 and not constant[tensor]),
+                inputs=read,
                 outputs=outputs,
+                int8=all(graph.Tensors(tensor).Type() == schema.TensorType.INT8 for tensor in (*read, *outputs)),
             )
         )
     return found
@@ -151,8 +178,15 @@ class _Buffer(schema.BufferT):
 
 @dataclass
 class _Model:
-    """Collects a model's tensors, buffers and operators."""
+    """Collects a model's tensors, buffers and operators. With `ranges` of tensors, by name, it is one of int8; `fp16`
+    is one to be calculated so."""
 
+    fp16: bool = False
+    ranges: dict[str, Range] | None = None
+    affine: dict[int, Affine] = field(default_factory=dict)
+    """Of the tensors of int8."""
+    tied: set[int] = field(default_factory=set)
+    """Tensors of int8 whose scale is not to be changed."""
     tensors: list[schema.TensorT] = field(default_factory=list)
     buffers: list[schema.BufferT] = field(default_factory=lambda: [_Buffer()])  # the first one must be empty
     operators: list[schema.OperatorT] = field(default_factory=list)
@@ -166,10 +200,44 @@ class _Model:
         )
         return len(self.tensors) - 1
 
+    def activation(self, name: str, shape: Sequence[int], affine: Affine | None = None) -> int:
+        """A tensor that an operator makes, of int8 where the model is."""
+        if self.ranges is None:
+            return self.tensor(name, shape)
+        made = self.tensor(name, shape, np.int8)
+        # There is none of what takes that of its input.
+        self.quantize(made, affine or Affine.of(self.ranges.get(name, (0.0, 0.0)), np.int8))
+        return made
+
+    def quantize(self, tensor: int, affine: Affine) -> None:
+        """Gives a tensor of int8 its scale."""
+        self.affine[tensor] = affine
+        self.scale(tensor, [affine.scale], affine.zero)
+
+    def scale(self, tensor: int, scales: Sequence[np.float32] | NDArray, zero: int = 0, axis: int = 0) -> None:
+        self.tensors[tensor].quantization = schema.QuantizationParametersT(
+            scale=np.array(scales, np.float32), zeroPoint=np.full(len(scales), zero, np.int64), quantizedDimension=axis
+        )
+
+    def values(self, tensor: int) -> NDArray[np.float32] | None:
+        """What a constant of float32 holds; None for every other tensor."""
+        described = self.tensors[tensor]
+        if not described.buffer or described.type != schema.TensorType.FLOAT32:
+            return None
+        return self.buffers[described.buffer].data.view(np.float32).reshape(described.shape)
+
+    def is_float(self, tensor: int) -> bool:
+        """Whether an operator makes it, or the model is given it, in float32."""
+        described = self.tensors[tensor]
+        return bool(described.type == schema.TensorType.FLOAT32 and not described.buffer)
+
     def constant(self, name: str, value: NDArray) -> int:
         array = np.ascontiguousarray(value)
         self.buffers.append(_Buffer(data=array.reshape(-1).view(np.uint8)))
         return self.tensor(name, array.shape, array.dtype, len(self.buffers) - 1)
+
+    def code(self, operator: schema.OperatorT) -> int:
+        return next(code for (code, _), index in self.codes.items() if index == operator.opcodeIndex)
 
     def operator(self, code: int, version: int, inputs: Sequence[int], output: int, options: Any) -> None:
         index = self.codes.setdefault((code, version), len(self.codes))
@@ -221,10 +289,74 @@ class _Emitter:
         self, code: int, *inputs: int, part: str, shape: Sequence[int], options: Any = None, last: bool = False,
         version: int = 1,
     ) -> int:  # fmt: skip
-        output = self.output if last else self.model.tensor(f"{self.prefix}/{part}", shape)
+        model = self.model
+        if model.ranges is None:
+            output = self.output if last else model.tensor(f"{self.prefix}/{part}", shape)
+        elif any(model.is_float(tensor) for tensor in inputs):
+            output = model.tensor(f"{self.prefix}/{part}", shape)
+        else:
+            output = self.output if last else model.activation(f"{self.prefix}/{part}", shape)
+            inputs = tuple(self._in_int8(code, inputs, output))
+            version = max(version, INT8_VERSIONS.get(code, INT8_VERSION))
         assert self.shape(output) == tuple(shape), f"{part} makes {tuple(shape)}, not {self.shape(output)}"
-        self.model.operator(code, version, inputs, output, options)
-        return output
+        model.operator(code, version, inputs, output, options)
+        if last and output != self.output:
+            model.operator(Code.QUANTIZE, 1, [output], self.output, schema.QuantizeOptionsT())
+        return self.output if last else output
+
+    def _in_int8(self, code: int, inputs: Sequence[int], output: int) -> Sequence[int]:
+        """The inputs of an operator on int8, constants too, and the scales that it asks for."""
+        model = self.model
+        activations = [tensor for tensor in inputs if tensor in model.affine]
+        for tensor in inputs:
+            values = model.values(tensor)
+            if values is None:
+                continue
+            if code == Code.PADV2:  # what is lower than everything
+                affine = model.affine[activations[0]]
+                quantized = np.full(values.shape, np.iinfo(np.int8).min, np.int8)
+            else:
+                affine = Affine.of((min(0.0, float(values.min())), max(0.0, float(values.max()))), np.int8)
+                quantized = affine.quantize(values)
+            constant = model.constant(model.tensors[tensor].name, quantized)
+            model.quantize(constant, affine)
+            inputs = [constant if given == tensor else given for given in inputs]
+        if code in MOVING:
+            model.quantize(output, model.affine[activations[0]])
+        elif code in FIXED:
+            model.quantize(output, FIXED[code])
+        elif code == Code.CONCATENATION:
+            return [self._brought(tensor, output) for tensor in inputs]
+        else:
+            scales = [float(model.affine[tensor].scale) for tensor in inputs if tensor in model.affine]
+            step = prod(scales) if code in PRODUCTS else max(scales)
+            if code not in WEIGHTED:
+                model.quantize(output, model.affine[output].not_finer(step))
+            return inputs
+        model.tied.add(output)
+        return inputs
+
+    def _brought(self, tensor: int, output: int) -> int:
+        """A tensor at the scale of another, by an operator only where its own scale is not free."""
+        model = self.model
+        wanted = model.affine[output]
+        if model.affine[tensor] == wanted:
+            return tensor
+        name = model.tensors[tensor].name
+        if tensor not in model.tied and name.startswith(f"{self.prefix}/"):
+            model.quantize(tensor, wanted)
+            return tensor
+        made = model.activation(f"{self.prefix}/{name.rpartition('/')[2]}_scaled", self.shape(tensor), wanted)
+        model.operator(Code.QUANTIZE, INT8_VERSION, [tensor], made, schema.QuantizeOptionsT())
+        return made
+
+    def floating(self, tensor: int) -> int:
+        """The tensor in float32, and all that is made of it."""
+        if self.model.ranges is None:
+            return tensor
+        made = self.model.tensor(f"{self.prefix}/float", self.shape(tensor))
+        self.model.operator(Code.DEQUANTIZE, INT8_VERSION, [tensor], made, schema.DequantizeOptionsT())
+        return made
 
     def activate(self, activation: str, tensor: int, *, last: bool) -> int:
         """An activation as operators of its own."""
@@ -263,16 +395,35 @@ class _Emitter:
         fused, rest = (activation, "none") if activation in FUSED else ("none", activation)
         if activation == "hard_sigmoid":
             values, fused = values + np.float32(3), "relu6"
-        inputs = [tensor, self.constant(f"{part}_weight", weight)]
+        if self.model.ranges is None:
+            inputs = [tensor, self.constant(f"{part}_weight", weight)]
+            bias_tensor = self.constant(f"{part}_bias", values)
+        else:
+            weights, bias_tensor = self._filters(code, tensor, weight, values, part)
+            inputs = [tensor, weights]
         if code == Code.TRANSPOSE_CONV:
             inputs = [self.constant(f"{part}_shape", shape, np.int32), *reversed(inputs)]
         output = self.emit(
-            code, *inputs, self.constant(f"{part}_bias", values), part=part, shape=shape,
-            options=options(FUSED[fused]), last=last and rest == "none", version=version,
+            code, *inputs, bias_tensor, part=part, shape=shape, options=options(FUSED[fused]),
+            last=last and rest == "none", version=version,
         )  # fmt: skip
+        if output in self.model.affine:
+            step = float(max(self.model.tensors[bias_tensor].quantization.scale))
+            self.model.quantize(output, self.model.affine[output].not_finer(step))
         if rest == "none":
             return output
         return self.sixth(output, last=last) if rest == "hard_sigmoid" else self.activate(rest, output, last=last)
+
+    def _filters(self, code: int, tensor: int, weight: Array, bias: Array, part: str) -> tuple[int, int]:
+        """Weights and bias of int8. The specification gives a linear layer one scale, a convolution one a filter."""
+        axis = 3 if code == Code.DEPTHWISE_CONV_2D else 0
+        alike = code == Code.FULLY_CONNECTED
+        filters = Filters.of(weight, bias, axis, self.model.affine[tensor].scale, alike=alike)
+        weights = self.constant(f"{part}_weight", filters.weight, np.int8)
+        self.model.scale(weights, filters.scales[:1] if alike else filters.scales, axis=axis)
+        bias_tensor = self.constant(f"{part}_bias", filters.bias, np.int32)
+        self.model.scale(bias_tensor, filters.bias_scales[:1] if alike else filters.bias_scales)
+        return weights, bias_tensor
 
     def pad(self, tensor: int, pads: Sequence[tuple[int, int]], part: str, value: float | None = None) -> int:
         """Adds rows, columns or channels, one pair for each axis; zeros without a value."""
@@ -512,11 +663,14 @@ def _matmul(emit: _Emitter, operator: MatMul, inputs: Sequence[int]) -> None:
 
 def _layer_norm(emit: _Emitter, operator: LayerNorm, inputs: Sequence[int]) -> None:
     """The format has none: said in parts, as converters do."""
-    tensor = inputs[0]
+    tensor = emit.floating(inputs[0])
     shape = emit.shape(tensor)
     mean = emit.mean(tensor, (2,), keep=True, part="mean")
     centred = emit.emit(Code.SUB, tensor, mean, part="centre", shape=shape, options=schema.SubOptionsT())
-    variance = emit.mean(emit.multiply(centred, centred, "square"), (2,), keep=True, part="variance")
+    # Where squares are in fp16, XNNPACK calculates them and all behind them in fp32. The centred have no mean, so their
+    # products with the others have the same.
+    square = emit.multiply(tensor if emit.model.fp16 else centred, centred, "square")
+    variance = emit.mean(square, (2,), keep=True, part="variance")
     raised = emit.emit(
         Code.ADD, variance, emit.constant("epsilon", operator.epsilon), part="raise", shape=emit.shape(variance),
         options=schema.AddOptionsT(),
@@ -656,18 +810,96 @@ _LOWERINGS: dict[type[BaseOperator], Callable[[_Emitter, Any, Sequence[int]], No
 }
 
 
-def to_tflite(network: Network, weights: Weights | None = None, seed: int = 0) -> bytes:
-    """The network as a TFLite model of float32; inputs `t0`, `t1`, …, outputs named after their tensors, all NHWC.
+def to_tflite(
+    network: Network, weights: Weights | None = None, seed: int = 0, precision: Precision = "fp32",
+    samples: Samples | None = None, *, inner: bool = False,
+) -> bytes:  # fmt: skip
+    """The network as a TFLite model; inputs `t0`, `t1`, …, outputs named after their tensors, all NHWC and float32.
 
-    Without `weights` they are made up from `seed`. Raises InvalidInput where weights do not fit the network.
+    Without `weights` they are made up from `seed`. In int8 the ranges of activations are those on the inputs `samples`,
+    made up too where there are none; it takes LiteRT. In fp16 runtimes calculate by themselves, from a model of
+    float32. Raises InvalidInput where weights do not fit the network.
     """
     weights = made_up(network, seed) if weights is None else checked(network, weights)
-    model = _Model()
-    tensors = [model.tensor(tensor_name(tensor), _nhwc(shape)) for tensor, shape in enumerate(network.shapes)]
+    if precision != "int8":
+        return _said(network, weights, fp16=precision == "fp16").packed()
+    ranges = _ranges(network, weights, samples or made_up_samples(network))
+    return _said(network, weights, ranges, inner=inner).packed()
+
+
+@dataclass(frozen=True)
+class _Said:
+    """A model and its border."""
+
+    model: _Model
+    name: str
+    inputs: list[int]
+    outputs: list[int]
+
+    def packed(self) -> bytes:
+        return self.model.pack(self.inputs, self.outputs, self.name)
+
+
+def _said(
+    network: Network, weights: Weights, ranges: dict[str, Range] | None = None, *, fp16: bool = False,
+    inner: bool = False,
+) -> _Said:  # fmt: skip
+    model = _Model(fp16, ranges)
+    first, shapes, wanted = len(network.inputs), network.shapes, set(network.output_tensors)
+    converted = ranges is not None and not inner
+    border = {
+        tensor: model.tensor(tensor_name(tensor), _nhwc(shape)) if ranges is None or converted
+        else model.activation(tensor_name(tensor), _nhwc(shape))
+        for tensor, shape in enumerate(shapes) if not converted or tensor < first or tensor in wanted
+    }  # fmt: skip
+    tensors = {} if converted else dict(border)
     for number, node in enumerate(network.nodes):
-        emitter = _Emitter(model, number, tensors[len(network.inputs) + number], dict(weights[number]))
+        made = first + number
+        if converted:
+            for tensor in node.inputs:
+                if tensor not in tensors:  # an input of the network, for the first time
+                    tensors[tensor] = _inside(model, number, tensor, shapes[tensor])
+                    model.operator(Code.QUANTIZE, 1, [border[tensor]], tensors[tensor], schema.QuantizeOptionsT())
+            tensors[made] = _inside(model, number, made, shapes[made])
+        emitter = _Emitter(model, number, tensors[made], dict(weights[number]))
         _LOWERINGS[type(node.operator)](emitter, node.operator, [tensors[tensor] for tensor in node.inputs])
-    return model.pack(
-        tensors[: len(network.inputs)], [tensors[tensor] for tensor in network.output_tensors],
-        f"network_{network.key}",
+        if converted and made in wanted:
+            model.operator(Code.DEQUANTIZE, INT8_VERSION, [tensors[made]], border[made], schema.DequantizeOptionsT())
+    return _Said(
+        model, f"network_{network.key}", [border[tensor] for tensor in range(first)],
+        [border[tensor] for tensor in network.output_tensors],
     )  # fmt: skip
+
+
+def _inside(model: _Model, number: int, tensor: int, shape: Shape) -> int:
+    """The tensor of int8 for one of the network, which belongs to a node."""
+    assert model.ranges is not None
+    affine = Affine.of(model.ranges[tensor_name(tensor)], np.int8)
+    return model.activation(f"n{number}/{tensor_name(tensor)}_int8", _nhwc(shape), affine)
+
+
+def _ranges(network: Network, weights: Weights, samples: Samples) -> dict[str, Range]:
+    """Smallest and largest value of every tensor that is not constant, zero among them."""
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType  # only int8 needs the runtime
+
+    said = _said(network, weights)
+    interpreter = Interpreter(
+        model_content=said.packed(), experimental_preserve_all_tensors=True, num_threads=1,
+        experimental_op_resolver_type=OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES,
+    )  # fmt: skip
+    interpreter.allocate_tensors()
+    lowered = {
+        int(operator.outputs[0]) for operator in said.model.operators
+        if said.model.code(operator) == Code.PADV2
+    }  # fmt: skip
+    wanted = {
+        described.name: number for number, described in enumerate(said.model.tensors)
+        if said.model.is_float(number) and number not in lowered
+    }  # fmt: skip
+    ranges: dict[str, Range] = {}
+    for inputs in samples:
+        for tensor, values in zip(said.inputs, inputs, strict=True):
+            interpreter.set_tensor(tensor, to_nhwc(values))
+        interpreter.invoke()
+        merged(ranges, {name: interpreter.get_tensor(number) for name, number in wanted.items()})
+    return ranges

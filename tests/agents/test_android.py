@@ -398,11 +398,32 @@ def test_one_process_serves_several_phones(options: Options) -> None:
         backends.create("android", several)
 
 
+def test_a_build_that_cannot_be_told_to_use_fp16_is_refused(make, simulated: RunningPhone) -> None:  # type: ignore[no-untyped-def]
+    simulated.control.set(benchmark_format="old")
+    with pytest.raises(Unsupported, match="no flag --xnnpack_force_fp16"):
+        make(precision="fp16").load(small(), profile=False)
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision"),
+    [
+        ({}, "fp32"), ({"precision": "int8"}, "int8"), ({"precision": "fp16"}, "fp16"),
+        ({"precision": "int8", "tool": "onnxruntime_perf_test"}, "int8"),
+        ({"precision": "int8", "accelerator": "gpu"}, "int8"), ({"precision": "int8", "accelerator": "nnapi"}, "int8"),
+    ],
+)  # fmt: skip
+def test_a_precision_is_part_of_the_target(make, settings: dict[str, str], precision: str) -> None:  # type: ignore[no-untyped-def]
+    backend = make(**settings)
+    assert backend.target().precision == precision
+    assert backend.load(small(), profile=False).time(2)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {"tool": "abacus"}, {"accelerator": "abacus"}, {"accelerator": "gpu", "tool": "onnxruntime_perf_test"},
-        {"precision": "fp16"}, {"cores": "all"}, {"max_temperature_c": "warm"}, {"timeout_s": "-1"},
+        {"precision": "fp16", "xnnpack": "false"}, {"precision": "fp16", "tool": "onnxruntime_perf_test"},
+        {"precision": "fp8"}, {"cores": "all"}, {"max_temperature_c": "warm"}, {"timeout_s": "-1"},
         {"xnnpack": "maybe"}, {"tool_path": "/x; reboot"}, {"folder": "relative"}, {"devices": ""},
         {"tool_path": "/x", "tool_file": "y"},
     ],

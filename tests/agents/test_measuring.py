@@ -80,8 +80,24 @@ ALL_RUNS = ("round_runs", "min_runs", "max_runs")
 LIGHT = {"warmup_runs": 1, "round_runs": 2, "min_runs": 6, "max_runs": 6, **CALM}
 
 
-VARIANTS = {"android": ({"tool": "benchmark_model"}, {"tool": "onnxruntime_perf_test"})}
+VARIANTS: dict[str, tuple[dict[str, str], ...]] = {
+    "cpu-onnxruntime": ({}, {"precision": "int8"}),
+    "cpu-litert": ({}, {"precision": "int8"}, {"precision": "fp16"}),
+    "cuda-torch": ({}, {"precision": "fp16"}),
+    "cuda-onnxruntime": ({}, {"precision": "fp16"}),
+    "android": (
+        {"tool": "benchmark_model"}, {"tool": "benchmark_model", "precision": "int8"},
+        {"tool": "benchmark_model", "precision": "fp16"}, {"tool": "onnxruntime_perf_test"},
+        {"tool": "onnxruntime_perf_test", "precision": "int8"},
+    ),
+}  # fmt: skip
 """Settings to try a backend with; it is tried as it is where none are named."""
+TRIED = [(name, settings) for name in backends.names() for settings in VARIANTS.get(name, ({},))]
+IN_FP32 = pytest.mark.parametrize(
+    "backend", [variant for variant in TRIED if "precision" not in variant[1]], indirect=True,
+    ids=lambda variant: "-".join((variant[0], *variant[1].values())),
+)  # fmt: skip
+"""For what has nothing to do with the precision."""
 
 
 @pytest.fixture(scope="module")
@@ -91,17 +107,19 @@ def phone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningPho
         yield running, tmp_path_factory.mktemp("keys")
 
 
-@pytest.fixture(
-    params=[(name, settings) for name in backends.names() for settings in VARIANTS.get(name, ({},))],
-    ids=lambda variant: "-".join((variant[0], *variant[1].values())),
-)
+@pytest.fixture(params=TRIED, ids=lambda variant: "-".join((variant[0], *variant[1].values())))
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> backends.Backend:
-    """Each backend; those that need a GPU are skipped, with what is lacking, where there is none."""
+    """Each backend; what needs a GPU or kernels of fp16 is skipped, with what is lacking, where there is none."""
     name, settings = request.param
     if name == "android":
         running, keys = request.getfixturevalue("phone")
         settings = {**settings, "devices": running.serial, "keys": str(keys)}
-    return gpu_backend(name, settings, monkeypatch)
+    try:
+        return gpu_backend(name, settings, monkeypatch)
+    except InvalidInput as refused:
+        if settings.get("precision") != "fp16":
+            raise
+        pytest.skip(str(refused))
 
 
 def light(backend: backends.Backend, **fields) -> Plan:
@@ -119,6 +137,9 @@ def lease(backend: backends.Backend, plan: Plan, **fields) -> Lease:
 @pytest.mark.parametrize("context", ["in_context", "isolated"])
 def test_every_kind_is_measured(backend: backends.Backend, context: str) -> None:
     assert {operator.kind for operator in ONE_OF_EACH} == set(KINDS)
+    assert backend.target().precision in ("fp32", "fp16", "int8")
+    if context == "isolated" and backend.burst is None and backend.target().precision != "fp32":
+        pytest.skip("every start of a tool is dear; a profile shows more")
     plan = light(backend, context=context, carriers=2 if backend.burst else 1)
     report = measure(backend, lease(backend, plan, operators=ONE_OF_EACH))
     assert [m.key for m in report.measurements] == [operator.key for operator in ONE_OF_EACH]
@@ -150,6 +171,7 @@ def test_whole_networks_are_measured(backend: backends.Backend) -> None:
     assert (measurement.latency_ms or 0) > 0
 
 
+@IN_FP32
 def test_known_operators_show_drift(backend: backends.Backend) -> None:
     if isinstance(backend, Unprofiled):
         pytest.skip(f"there are no carriers to fill up: {backend.unprofiled}")
@@ -161,6 +183,7 @@ def test_known_operators_show_drift(backend: backends.Backend) -> None:
     assert report.evidence["filler_drift"] > 1
 
 
+@IN_FP32
 def test_a_busy_machine_is_refused(backend: backends.Backend) -> None:
     if backend.burst is None:
         pytest.skip("what else runs on a phone is not known; its heat and its canary are")
@@ -176,6 +199,7 @@ def test_a_busy_machine_is_refused(backend: backends.Backend) -> None:
     assert busy.canary_ms is None
 
 
+@IN_FP32
 def test_another_speed_is_refused(backend: backends.Backend) -> None:
     plan = light(backend, drift_tolerance=0.5)
     report = measure(backend, lease(backend, plan, operators=ONE_OF_EACH[:1], canary_ms=1e-3))
@@ -183,6 +207,7 @@ def test_another_speed_is_refused(backend: backends.Backend) -> None:
     assert "reference" in (report.measurements[0].failure.message if report.measurements[0].failure else "")
 
 
+@IN_FP32
 def test_what_does_not_load_is_a_failure_and_the_rest_is_measured(
     backend: backends.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,8 +274,24 @@ def test_a_profile_adds_up_over_the_nodes(backend: backends.Backend) -> None:
     assert times.events.shape == (len(canary().nodes),)
 
 
+@pytest.mark.parametrize("name", ["cpu-onnxruntime", "cpu-litert"])
+def test_a_precision_is_part_of_the_target(name: str) -> None:
+    plain, fp32, int8 = (
+        backends.create(name, Options(settings=settings)).target()
+        for settings in ({}, {"precision": "fp32"}, {"precision": "int8"})
+    )
+    assert plain.key == fp32.key != int8.key
+    assert int8 == plain.model_copy(update={"precision": "int8"})
+
+
 def test_a_backend_that_does_not_exist() -> None:
     with pytest.raises(InvalidInput, match="cpu-onnxruntime"):
         backends.create("abacus", Options())
+    with pytest.raises(InvalidInput, match="no precision"):
+        backends.create("cpu-onnxruntime", Options(settings={"precision": "fp8"}))
+    with pytest.raises(InvalidInput, match="fp16 with cpu-litert"):
+        backends.create("cpu-onnxruntime", Options(settings={"precision": "fp16"}))
+    with pytest.raises(InvalidInput, match="fp32 kernels"):
+        backends.create("cpu-onnxruntime", Options(settings={"precision": "int8", "graph_optimization": "basic"}))
     with pytest.raises(InvalidInput, match="graph_optimization"):
         backends.create("cpu-onnxruntime", Options(settings={"colour": "red"}))

@@ -13,7 +13,7 @@ from operators_at_random import ANY
 from device_agents.packing import ROOM_ACTIVATIONS, ROOM_PARAMETERS, pack
 from lut_db.canary import canary
 from lut_db.lowering.onnx import to_onnx
-from lut_db.operators import Activate, Convolution, Linear, Operator, Pool, SqueezeExcite
+from lut_db.operators import Activate, Add, Convolution, Linear, Operator, Pool, SqueezeExcite
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -57,6 +57,20 @@ def test_a_clamp_follows_nothing_that_could_take_it_in() -> None:
             if node.operator == clamp:
                 maker = nodes[node.inputs[0] - len(carrier.network.inputs)].operator
                 assert maker.kind == "squeeze_excite" or getattr(maker, "activation", "") == "hard_swish"
+
+
+def test_two_tables_do_not_follow_each_other() -> None:
+    shape = (1, 8, 12, 12)
+    sigmoid, addition = Activate(input=shape, activation="sigmoid"), Add(input=shape)
+    others = (Convolution(input=shape, filters=8, kernel=(1, 1), activation="hard_sigmoid"), Add(input=shape))
+    for carrier in pack([sigmoid, addition, *others], [], 8, 5, 0):
+        nodes, inputs = carrier.network.nodes, len(carrier.network.inputs)
+        for node in nodes:
+            makers = [nodes[tensor - inputs] for tensor in node.inputs if tensor >= inputs]
+            if node.operator == sigmoid:
+                assert getattr(makers[0].operator, "activation", "none") != "hard_sigmoid"
+            if node.operator == addition:
+                assert all(maker.operator != sigmoid or maker.inputs[0] not in node.inputs for maker in makers)
 
 
 def test_a_carrier_holds_no_more_than_a_device_can() -> None:
