@@ -60,7 +60,7 @@ def bench_file(backend: Backend, model: Path, runs: int, sessions: int) -> Bench
         [session.time for session in canaries],
         plan,
         plan.seed,
-        starts=backend.burst is None,
+        starts=backend.starts,
     )
     timed = sampled.graphs
     facts, refusal = watch.read(plan)

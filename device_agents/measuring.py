@@ -90,7 +90,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     sampled = sample(
         [*(graph.loaded.time for graph in graphs), *(loaded.time for loaded in plain)],
         [session.time for session in canaries], lease.plan, lease.token,
-        starts=backend.burst is None,
+        starts=backend.starts,
     )  # fmt: skip
     seen, refusal = watch.read(lease.plan)
 
@@ -151,7 +151,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
 
 def load_canaries(backend: Backend) -> list[Loaded]:
     """Sessions of the canary, warmed up: as many as a backend can keep, one where every start is dear."""
-    sessions = [backend.load(canary(), profile=False) for _ in range(CANARY_SESSIONS if backend.burst else 1)]
+    sessions = [backend.load(canary(), profile=False) for _ in range(1 if backend.starts else CANARY_SESSIONS)]
     for session in sessions:
         session.time(CANARY_WARMUP_RUNS)
     return sessions
@@ -312,7 +312,7 @@ def _energies(
         bursts.append(energy.Burst(loaded.time, float(np.median(record.times_ms))))
     watch = backend.watch()
     try:
-        counted = energy.joules_per_run(backend.counter(), bursts, starts=backend.burst is None)
+        counted = energy.joules_per_run(backend.counter(), bursts, starts=backend.starts)
     except energy.Absent as absent:
         return {}, {"absent": str(absent)}
     _, disturbed = watch.read(plan)

@@ -92,8 +92,8 @@ class Watch(Protocol):
 class Backend(Protocol):
     """A runtime on a device."""
 
-    burst: int | None
-    """Runs between two looks at the canary; None: a whole round of the plan, where every start of a tool is dear."""
+    starts: bool
+    """Whether each `Loaded.time` starts a tool afresh: it warms up by itself, and every start is dear."""
 
     def environment(self) -> dict[str, str]:
         """Variables that must be in the environment of a process that measures, from its start."""

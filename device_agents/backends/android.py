@@ -351,7 +351,7 @@ class _Part:
 
 
 class Android:
-    burst: int | None = None
+    starts = True
 
     def __init__(self, setup: _Setup, phone: adb.Phone):
         self.setup = setup

@@ -101,7 +101,7 @@ class _Watch(evidence.CpuWatch):
 
 
 class CpuLitert:
-    burst: int | None = 1
+    starts = False
 
     def __init__(self, options: Options, xnnpack: bool, huge_pages: bool, precision: Precision = "fp32"):
         self.options = options

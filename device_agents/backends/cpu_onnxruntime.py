@@ -63,7 +63,7 @@ def doctor(options: Options) -> Iterator[Check]:
 
 
 class CpuOnnxruntime:
-    burst: int | None = 1
+    starts = False
 
     def __init__(self, options: Options, level: str, huge_pages: bool, precision: Precision = "fp32"):
         self.options = options

@@ -106,7 +106,7 @@ def doctor(options: Options) -> Iterator[Check]:
 
 
 class CudaOnnxruntime:
-    burst: int | None = 1
+    starts = False
     unprofiled = UNPROFILED
 
     def __init__(

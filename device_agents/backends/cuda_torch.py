@@ -110,7 +110,7 @@ def _lack_of_torch() -> Check | None:
 
 
 class CudaTorch:
-    burst: int | None = 1
+    starts = False
 
     def __init__(self, gpu: nvml.Gpu, setup: Setup, locked_mhz: int | None):
         self.gpu = gpu

@@ -15,7 +15,7 @@ from phones import phone as running_phone
 
 from device_agents import backends
 from device_agents.backends import LoadFailed, Options, Unprofiled, Unsupported
-from device_agents.measuring import measure
+from device_agents.measuring import MIN_KNOWN, measure
 from lut_db.canary import canary
 from lut_db.errors import InvalidInput
 from lut_db.networks import Network
@@ -125,7 +125,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def light(backend: backends.Backend, **fields) -> Plan:
     """A plan of few runs; where every start of a tool is dear, and its timer coarse, of one round of more; in context
     where nodes have times."""
-    rounds = {} if backend.burst else dict.fromkeys(ALL_RUNS, 30)
+    rounds = dict.fromkeys(ALL_RUNS, 30) if backend.starts else {}
     context = {"context": "isolated"} if isinstance(backend, Unprofiled) else {}
     return Plan(**{**LIGHT, **rounds, **context, **fields})
 
@@ -138,9 +138,9 @@ def lease(backend: backends.Backend, plan: Plan, **fields) -> Lease:
 def test_every_kind_is_measured(backend: backends.Backend, context: str) -> None:
     assert {operator.kind for operator in ONE_OF_EACH} == set(KINDS)
     assert backend.target().precision in ("fp32", "fp16", "int8")
-    if context == "isolated" and backend.burst is None and backend.target().precision != "fp32":
+    if context == "isolated" and backend.starts and backend.target().precision != "fp32":
         pytest.skip("every start of a tool is dear; a profile shows more")
-    plan = light(backend, context=context, carriers=2 if backend.burst else 1)
+    plan = light(backend, context=context, carriers=1 if backend.starts else 2)
     report = measure(backend, lease(backend, plan, operators=ONE_OF_EACH))
     assert [m.key for m in report.measurements] == [operator.key for operator in ONE_OF_EACH]
     if isinstance(backend, Unprofiled) and context == "in_context":
@@ -153,7 +153,7 @@ def test_every_kind_is_measured(backend: backends.Backend, context: str) -> None
         assert (measurement.latency_ms or 0) > 0
         assert len(measurement.samples) >= plan.carriers
         # A tool that tells only means tells one for each round.
-        told = {plan.max_runs} if backend.burst else {plan.max_runs, plan.max_runs // plan.round_runs}
+        told = {plan.max_runs, plan.max_runs // plan.round_runs} if backend.starts else {plan.max_runs}
         assert all(len(found.samples_ms) in told for found in measurement.samples)
     assert report.canary_ms is not None
     assert report.evidence["threads"] == 1
@@ -172,20 +172,30 @@ def test_whole_networks_are_measured(backend: backends.Backend) -> None:
 
 
 @IN_FP32
-def test_known_operators_show_drift(backend: backends.Backend) -> None:
+def test_known_operators_tie_a_lease_to_its_table(backend: backends.Backend) -> None:
     if isinstance(backend, Unprofiled):
         pytest.skip(f"there are no carriers to fill up: {backend.unprofiled}")
-    wanted, filler = ONE_OF_EACH[0], ONE_OF_EACH[4]
-    plan = light(backend, carriers=3)
-    asked = lease(backend, plan, operators=(wanted,), fillers=(filler,), known_ms={filler.key: 1e-6})
-    report = measure(backend, asked)
-    assert [m.key for m in report.measurements] == [wanted.key]
-    assert report.evidence["filler_drift"] > 1
+    wanted, *fillers = ONE_OF_EACH[: MIN_KNOWN + 2]
+    plan = light(backend, carriers=2)
+    before = measure(backend, lease(backend, plan, operators=(wanted, *fillers)))
+    half_ms = {m.key: (m.latency_ms or 0) / 2 for m in before.measurements[1:]}
+    asked = lease(backend, plan, operators=(wanted,), fillers=tuple(fillers), canary_ms=before.canary_ms)
+    report = measure(backend, asked.model_copy(update={"known_ms": half_ms}))
+    (measurement,) = report.measurements
+    drift, slowness = report.evidence["filler_drift"], report.evidence["slowness"]
+    assert isinstance(drift, float)
+    assert isinstance(slowness, float)
+    assert 1 < drift < 10, "the table says half of what they take"
+    assert all(found.slowness == pytest.approx(slowness * drift, rel=0.01) for found in measurement.samples)
+    few = dict(list(half_ms.items())[: MIN_KNOWN - 1])
+    assert "filler_drift" not in measure(backend, asked.model_copy(update={"known_ms": few})).evidence
+    other = measure(backend, asked.model_copy(update={"known_ms": dict.fromkeys(half_ms, 1e-6)}))
+    assert [m.failure.cause for m in other.measurements if m.failure] == ["drift"]
 
 
 @IN_FP32
 def test_a_busy_machine_is_refused(backend: backends.Backend) -> None:
-    if backend.burst is None:
+    if backend.starts:
         pytest.skip("what else runs on a phone is not known; its heat and its canary are")
     if backend.target().runtime == "torch":
         pytest.skip("the host has no part in a graph that is replayed on a GPU")
@@ -266,7 +276,7 @@ def test_a_profile_adds_up_over_the_nodes(backend: backends.Backend) -> None:
         return
     loaded = backend.load(canary(), profile=True)
     told = len(loaded.time(4))
-    assert told == 4 or (told == 1 and backend.burst is None)
+    assert told == 4 or (told == 1 and backend.starts)
     times = loaded.node_times()
     assert times.total_ms.shape == times.layout_ms.shape == (told, len(canary().nodes))
     assert np.all(times.layout_ms <= times.total_ms)

@@ -14,6 +14,8 @@ from device_agents.packing import ROOM_ACTIVATIONS, ROOM_PARAMETERS, pack
 from lut_db.canary import canary
 from lut_db.lowering.onnx import to_onnx
 from lut_db.operators import Activate, Add, Convolution, Linear, Operator, Pool, SqueezeExcite
+from search_client import networks
+from search_client.architecture import Architecture
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -83,6 +85,50 @@ def test_a_carrier_holds_no_more_than_a_device_can() -> None:
         for carrier in packed:
             assert carrier.network.parameters <= 2 * ROOM_PARAMETERS
             assert sum(prod(shape) for shape in carrier.network.shapes) <= 2 * ROOM_ACTIVATIONS
+
+
+def test_carriers_are_alike_and_like_a_network() -> None:
+    """What an operator costs depends on what else passes through the caches: none is packed among leftovers."""
+    description = networks.load("mobilenet_v3", image_size=112)
+    space = description.space
+    found: dict[str, Operator] = {}
+    for share in (2, 3, 4):
+        widths = tuple(layer.widths[len(layer.widths) * share // 4 - 1] for layer in space.layers)
+        network = description.network(Architecture(widths=widths, kernels=space.full.kernels))
+        found.update({operator.key: operator for operator in network.operators})
+    operators = list(found.values())
+    packed = pack(operators, [], 6, 40, 0)
+    assert len(packed) <= 6 * len(operators) / 40 + 3
+    sizes = Counter(operator.inputs[0][2:] for operator in operators)
+    parameters = [carrier.network.parameters for carrier in packed]
+    assert max(parameters) < 5 * min(parameters)
+    for carrier in packed:
+        assert len(carrier.places) >= 36
+        read = {found[key].inputs[0][2:] for key in carrier.places.values()}
+        assert read == set(sizes), "each goes from the largest maps to vectors"
+        inputs = len(carrier.network.inputs)
+        for number in carrier.places:
+            node = carrier.network.nodes[number]
+            if node.operator.inputs[0][1] == 3:
+                assert node.inputs[0] < inputs, "what reads an image reads the graph's input"
+
+
+def test_what_is_timed_reads_what_operators_make_in_a_network() -> None:
+    """A pointwise layer behind a depthwise one wherever there is one that makes what it reads."""
+    layers = []
+    for channels in (8, 16, 24, 40):
+        shape = (1, channels, 14, 14)
+        layers.append(Convolution(input=shape, filters=channels, kernel=(3, 3), padding=(1,) * 4, groups=channels))
+        layers.append(Convolution(input=shape, filters=channels + 8, kernel=(1, 1)))
+    for carrier in pack(layers, [], 4, 8, 0):
+        nodes, inputs = carrier.network.nodes, len(carrier.network.inputs)
+        first = min(carrier.places)
+        for number in carrier.places:
+            node = nodes[number]
+            if number != first and isinstance(node.operator, Convolution) and not node.operator.depthwise:
+                maker = nodes[node.inputs[0] - inputs].operator
+                assert isinstance(maker, Convolution)
+                assert maker.depthwise
 
 
 def test_a_carrier_runs() -> None:
