@@ -47,6 +47,10 @@ LED = frozenset({"convolution", "channel_bypass", "squeeze_excite", "pool", "glo
 """Kinds before which a carrier puts an operator that makes what they read. It is not timed there: what it reads itself
 is an adapter's."""
 
+WEIGHTED = frozenset({"convolution", "transposed_convolution", "linear"})
+"""Kinds that begin with weights. Where others read one tensor, as two pools do, or a pool and a bypass that pools, a
+runtime does once what both begin with, and one of them seems to take no time."""
+
 FUSED_INTO_CONVOLUTIONS = frozenset({"add", "activation"})
 CLAMPS = frozenset({"relu", "relu6"})
 TABLES = frozenset({"sigmoid", "hard_sigmoid"})
@@ -210,7 +214,9 @@ class _Packer:
             (piece, source)
             for piece in pieces
             for source in [walk.images.get(piece.reads, tensor)]
-            if walk.shape(source) == piece.reads and walk.can_place(piece.operator, source)
+            if walk.shape(source) == piece.reads
+            and walk.may_read(piece, source)
+            and walk.can_place(piece.operator, source)
         ]
         unlike = [(piece, source) for piece, source in fitting if piece.family != walk.families.get(source)]
         if not unlike:
@@ -509,9 +515,14 @@ class _Walk:
         self.families[tensor] = _family(operator)
         return self._keep(tensor)
 
+    def may_read(self, piece: _Piece, tensor: int) -> bool:
+        """Whether nothing that another operator begins with could serve this one too."""
+        return tensor not in self.read or piece.operator.kind in WEIGHTED
+
     def lead(self, tensor: int, piece: _Piece) -> int:
         """An operator that is not timed, behind an adapter where it does not fit."""
-        if self.shape(tensor) != piece.reads or not self.can_place(piece.operator, tensor):
+        fits = self.shape(tensor) == piece.reads and self.may_read(piece, tensor)
+        if not (fits and self.can_place(piece.operator, tensor)):
             tensor = self.adapt(tensor, piece.reads, piece.operator)
         made = self._add(piece.operator, tensor)
         self.families[made] = piece.family

@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operators_at_random import ANY
 
-from device_agents.packing import ROOM_ACTIVATIONS, ROOM_PARAMETERS, pack
+from device_agents.packing import ROOM_ACTIVATIONS, ROOM_PARAMETERS, WEIGHTED, pack
 from lut_db.canary import canary
 from lut_db.lowering.onnx import to_onnx
-from lut_db.operators import Activate, Add, Convolution, Linear, Operator, Pool, SqueezeExcite
+from lut_db.operators import Activate, Add, ChannelBypass, Convolution, Linear, Operator, Pool, SqueezeExcite
 from search_client import networks
 from search_client.architecture import Architecture
 
@@ -129,6 +129,22 @@ def test_what_is_timed_reads_what_operators_make_in_a_network() -> None:
                 maker = nodes[node.inputs[0] - inputs].operator
                 assert isinstance(maker, Convolution)
                 assert maker.depthwise
+
+
+def test_nothing_that_two_begin_with_is_read_by_both() -> None:
+    """ONNX Runtime pools once for a pool and for a bypass that pools alike: one of them would take no time."""
+    shape = (1, 16, 14, 14)
+    operators = (
+        Pool(input=shape, mode="average", kernel=(2, 2), stride=(2, 2)),
+        ChannelBypass(input=shape, filters=0, kernel=(1, 1), stride=(2, 2)),
+        ChannelBypass(input=shape, filters=4, kernel=(1, 1), stride=(2, 2), limit=12),
+        Convolution(input=shape, filters=16, kernel=(1, 1), stride=(2, 2)),
+    )
+    for carrier in pack(operators, [], 8, 8, 0):
+        readers = carrier.network.consumers()
+        for tensor in range(len(readers)):
+            kinds = [carrier.network.nodes[number].operator.kind for number in readers[tensor]]
+            assert len([kind for kind in kinds if kind not in WEIGHTED]) <= 1
 
 
 def test_a_carrier_runs() -> None:
