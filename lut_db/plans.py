@@ -20,7 +20,7 @@ network, as a whole."""
 class Plan(Record):
     """How to measure.
 
-    Carriers: in context, each operator is measured in `carriers` different graphs of up to `carrier_length`
+    Carriers: in context, each operator is measured in `carriers` different graphs of about `carrier_length`
     operators packed at random from `seed`; elsewhere in as many fresh sessions of its graph, since where a runtime
     happens to place its memory matters. The row is the median over the carriers, from four on the mean of their
     middle half. Many carriers with few runs each make a better row than few with many: neighbours matter more.

@@ -101,7 +101,8 @@ def compose(session: Session, token: int, settings: Settings) -> Lease | None:
         for index in scheduling.choose_fillers(wanted, [operator for operator, _ in known], count, seed=token):
             operator, latency_ms = known[index]
             fillers.append(operator)
-            known_ms[operator.key] = latency_ms
+            if record.reference is None:  # a device on trial is not to be brought to the table's speed
+                known_ms[operator.key] = latency_ms
     left = record.deadline - queries.clock(session)
     return Lease(
         token=token, device=record.device, target=queries.read_target(session, record.target), plan=plan,

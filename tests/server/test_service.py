@@ -568,6 +568,18 @@ def test_devices_of_one_target_share_its_queue_once_they_agree(lab_on_both: Lab)
     assert {operator.key for operator in lab.must_lease("second").operators}.isdisjoint(table), "tested once"
 
 
+def test_a_device_on_trial_is_not_brought_to_the_speed_of_the_table(lab_on_both: Lab) -> None:
+    lab = lab_on_both
+    pin = lab.pin()
+    lab.lookup(pin.id, convs(20))
+    lab.measure()
+    lab.register("second")
+    lab.lookup(pin.id, convs(1, start=30))
+    test = lab.must_lease("second")
+    assert (len(test.operators), len(test.fillers)) == (16, 4)
+    assert test.known_ms == {}
+
+
 def test_a_device_that_disagrees_is_kept_out_with_the_figures(lab_on_both: Lab) -> None:
     lab = lab_on_both
     pin = lab.pin()
