@@ -184,7 +184,7 @@ def test_a_gpu_that_is_lost_is_unreachable(library: Library) -> None:
     class Watched:
         """A backend of nothing but a watch."""
 
-        burst = 1
+        starts = False
 
         def __init__(self) -> None:
             self.gpu = nvml.Gpu()
