@@ -127,7 +127,11 @@ def test_every_kind_agrees_with_the_reference(kind: str, runtime: str, precision
 
     errors = []
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+    # What 8 bits leave is a matter of statistics: always of the same examples.
+    @settings(
+        max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=precision == "int8",
+        database=None,
+    )  # fmt: skip
     @given(operator=BY_KIND[kind], seed=st.integers(0, 1000))
     def check(operator: Operator, seed: int) -> None:
         errors.append(agree(runtime, Network.of(operator), seed, precision))
