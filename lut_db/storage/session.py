@@ -129,14 +129,15 @@ class Database:
             )
         raise StaleSchema(f"the tables of {self} are of revision {found}, this program needs {wanted}", remedy=remedy)
 
-    def upgrade(self) -> None:
-        """Brings the schema to this program's revision, in one transaction. Safe to run from many processes."""
+    def upgrade(self, revision: str = "head") -> None:
+        """Brings the schema to this program's revision, or an earlier one, in one transaction. Safe to run from many
+        processes."""
         with self._writer.begin() as connection:
             if self.dialect == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": SCHEMA_LOCK})
             config = _config()
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            command.upgrade(config, revision)
 
     def close(self) -> None:
         """Closes every pooled connection."""

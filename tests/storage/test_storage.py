@@ -17,7 +17,10 @@ from typer.testing import CliRunner
 
 from lut_db.cli import app
 from lut_db.errors import InvalidInput, NotFound, StaleSchema
+from lut_db.estimates import Traits
 from lut_db.measurements import Status
+from lut_db.networks import Network
+from lut_db.operators import Convolution
 from lut_db.storage import Database, queries
 from lut_db.storage import models as m
 
@@ -46,6 +49,30 @@ def test_the_migrations_make_the_tables_of_the_models(database: Database) -> Non
     with database.engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
         assert compare_metadata(context, m.Base.metadata) == []
+
+
+def test_an_upgrade_says_of_old_workloads_what_corrections_ask(empty_database_url: str) -> None:
+    database = Database(empty_database_url)
+    depthwise = Convolution(input=(1, 8, 4, 4), filters=8, kernel=(3, 3), padding=(1, 1, 1, 1), groups=8)
+    network = Network.of(depthwise)
+    try:
+        database.upgrade("0004")
+        with database.write() as session:
+            now = queries.clock(session)
+            queries.put_device(session, make_device(), now)
+            queries.put_plan(session, PLAN)
+            for key, kind, known in ((depthwise.key, depthwise.kind, depthwise), (network.key, m.NETWORK, network)):
+                said = {"key": key, "kind": kind, "definition": known.model_dump_json()}
+                session.execute(text("INSERT INTO workloads VALUES (:key, :kind, :definition)"), said)
+            new = [queries.NewRow(measured(depthwise.key, 1.0), "bench", None, None, now)]
+            queries.append_rows(session, TARGET.key, PLAN.key, new)
+        database.upgrade()
+        with database.read() as session:
+            assert queries.known_traits(session, [depthwise.key]) == {depthwise.key: Traits.of(depthwise)}
+            assert session.get_one(m.Workload, network.key).parameters == network.parameters == 80
+            assert queries.newest_rows(session, TARGET.key, PLAN.key, [depthwise.key])[depthwise.key].latency_ms == 1.0
+    finally:
+        database.close()
 
 
 def test_absent_stale_and_newer_schemas_are_refused(empty_database_url: str) -> None:

@@ -19,9 +19,9 @@ AT_ONCE = 1000
 
 
 def upgrade() -> None:
-    with op.batch_alter_table("workloads") as table:
-        table.add_column(sa.Column("family", sa.String(64), nullable=False, server_default=""))
-        table.add_column(sa.Column("parameters", sa.BigInteger(), nullable=False, server_default="0"))
+    # The defaults stay: without them SQLite would have to make the table anew, to which others refer.
+    op.add_column("workloads", sa.Column("family", sa.String(64), nullable=False, server_default=""))
+    op.add_column("workloads", sa.Column("parameters", sa.BigInteger(), nullable=False, server_default="0"))
     bind = op.get_bind()
     workloads = sa.table("workloads", *map(sa.column, ("key", "kind", "definition", "family", "parameters")))
     query = sa.select(workloads.c.key, workloads.c.kind, workloads.c.definition).order_by(workloads.c.key)
@@ -38,12 +38,8 @@ def upgrade() -> None:
             family = kind if isinstance(known, Network) else known.family
             values.append({"of": key, "told_family": family, "told_parameters": known.parameters})
         bind.execute(change, values)
-    with op.batch_alter_table("workloads") as table:
-        table.alter_column("family", server_default=None)
-        table.alter_column("parameters", server_default=None)
 
 
 def downgrade() -> None:
-    with op.batch_alter_table("workloads") as table:
-        table.drop_column("parameters")
-        table.drop_column("family")
+    op.drop_column("workloads", "parameters")
+    op.drop_column("workloads", "family")
