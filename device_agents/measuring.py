@@ -171,6 +171,7 @@ def _load(
         networks = lease.networks or tuple(Network.of(operator) for operator in lease.operators)
         wanted = [(network, {}) for network in networks for _ in range(plan.carriers)]
     owners = {Network.of(operator).key: operator.key for operator in lease.operators}
+    asked = set(owners.values())
     graphs = []
     for number, (network, places) in enumerate(wanted):
         progress(f"loading graph {number + 1}")
@@ -178,8 +179,9 @@ def _load(
         try:
             graphs.append(_Graph(network, backend.load(network, profile=bool(places)), places, key))
         except (Unsupported, LoadFailed) as error:
-            # In a carrier any of its operators may be at fault: each is tried again alone before it is given up.
-            alone = len(set(places.values())) <= 1
+            # In a carrier any wanted operator may be at fault: each is tried again alone before it is given up. Fillers
+            # have run before.
+            alone = len(asked & {operator.key for operator in network.operators}) <= 1
             cause = error.cause if isinstance(error, LoadFailed) else "unsupported" if alone else "error"
             failure = Failure(cause=cause, message=str(error)[:MESSAGE_LENGTH])
             failures.update(dict.fromkeys(places.values() if places else [key], failure))
