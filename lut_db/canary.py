@@ -1,7 +1,7 @@
 """The canary: one small network, always the same, that shows how fast a device is at this moment.
 
-Shared machines and warm phones change speed by tens of percent within seconds. The canary runs before and after
-every timed run, and latencies are stated at the speed at which the canary takes its reference time. It mixes
+Shared machines and warm phones change speed by tens of percent within seconds. The canary runs
+between what is timed, and latencies are stated at the speed at which the canary takes its reference time. It mixes
 what networks are made of: blocked convolutions, depthwise, squeeze-and-excite, and linear layers whose weights
 do not fit a core's own cache.
 """

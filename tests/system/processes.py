@@ -191,19 +191,20 @@ class Processes:
         assert {row.status for row in rows} == {"measured"}, [row.failure for row in rows if row.failure]
 
 
+def measuring_child(agent: subprocess.Popen[bytes]) -> psutil.Process | None:
+    """The process in which an agent measures, if there is one now."""
+    for child in psutil.Process(agent.pid).children():
+        try:
+            if CHILD in child.cmdline():
+                return child
+        except psutil.NoSuchProcess:
+            continue
+    return None
+
+
 def child_of(agent: subprocess.Popen[bytes]) -> psutil.Process:
     """The process in which an agent measures, once there is one."""
-
-    def find() -> psutil.Process | None:
-        for child in psutil.Process(agent.pid).children():
-            try:
-                if CHILD in child.cmdline():
-                    return child
-            except psutil.NoSuchProcess:
-                continue
-        return None
-
-    found = wait_until(find, "the agent measures")
+    found = wait_until(lambda: measuring_child(agent), "the agent measures")
     assert isinstance(found, psutil.Process)
     return found
 

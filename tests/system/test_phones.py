@@ -20,7 +20,7 @@ import psutil
 import pytest
 from phones import RunningPhone
 from phones import phone as running_phone
-from processes import CHILD, LIGHT, Processes, kill, wait_until
+from processes import LIGHT, Processes, kill, measuring_child, wait_until
 
 from device_agents import adb, backends
 from device_agents.backends import Options
@@ -132,7 +132,7 @@ class Storm:
                 kill(self.agents[tool])
                 self.start_agent(tool)
             case "kill-child":
-                child = wait_until(lambda: self._child(tool), "the agent measures", PATIENCE_S)
+                child = wait_until(lambda: measuring_child(self.agents[tool]), "the agent measures", PATIENCE_S)
                 child.kill()
             case "kill-server":
                 kill(self.lab.server)
@@ -161,15 +161,6 @@ class Storm:
         """Until it is so, or nothing is left to measure with a tool: whether it is so."""
         wait_until(lambda: condition() or not self.queue(tool), "a fault strikes", PATIENCE_S)
         return condition()
-
-    def _child(self, tool: str) -> psutil.Process | None:
-        for child in psutil.Process(self.agents[tool].pid).children():
-            try:
-                if CHILD in child.cmdline():
-                    return child
-            except psutil.NoSuchProcess:
-                continue
-        return None
 
     def rage(self, kinds: list[str]) -> None:
         """One thing after another goes wrong, with each phone in turn, until all is measured."""
