@@ -37,6 +37,7 @@ from lut_db.operators import (
     Rearrange,
     Shape,
     TransposedConvolution,
+    Upsample,
 )
 
 BOTTLENECK = 16
@@ -164,22 +165,22 @@ class _Packer:
         unused = {piece.key: piece for piece in self.pieces}
         current = walk.enter(start.operator)
         found: tuple[_Piece, int] | None = (start, current)
-        # Where the walk last was before it went on to another size: others go on from there too, into dead ends.
-        fork: int | None = None
         while found is not None:
             piece, current = found
             left[piece.level, piece.stays] -= 1
             del unused[piece.key]
             self.need[piece.key] -= 1
-            fork = None if piece.stays else current
+            fork = current
             current = walk.place(piece.operator, current)
             takes = [p for p in unused.values() if left[p.level, p.stays] > 0 and walk.has_room(p)]
             found = None
-            if fork is not None:
+            if not piece.stays:
                 leaving = [p for p in takes if p.level == piece.level and not p.stays and self.need[p.key] > 0]
-                found = self._read(walk, fork, leaving)
-                if found is not None:
-                    walk.end(current)
+                found = self._read(walk, current, leaving)
+                if found is None:
+                    found = self._read(walk, fork, leaving)
+                    if found is not None:
+                        walk.end(current)
             found = found or self._next(walk, current, takes)
         return Carrier(walk.finish(current), walk.places)
 
@@ -249,6 +250,7 @@ class _Packer:
             lead
             for lead in self.makers.get(piece.reads, [])
             if lead.family != piece.family
+            and lead.level <= max(_size(here), piece.level)
             and (lead.reads == here or (_can_adapt(here, lead.reads) and not _is_image(lead.reads)))
             and walk.has_room(piece, lead.parameters + _adapter_parameters(here, lead.reads))
         ]
@@ -272,6 +274,11 @@ def _channels(shape: Shape) -> int:
 def _few(shape: Shape) -> int:
     """Channels or features for a tensor that otherwise is like this one: few, and no more than may be."""
     return min(IMAGE_CHANNELS, MAX_ELEMENTS // (prod(shape) // _channels(shape)))
+
+
+def _scale(here: Shape, there: Shape) -> int:
+    """The factor by which a map is to grow until it is as large as another, or larger."""
+    return max(1, -(-there[2] // here[2]), -(-there[3] // here[3]))
 
 
 def _strides(here: Shape, there: Shape) -> tuple[int, int]:
@@ -327,12 +334,12 @@ def _can_adapt(here: Shape, there: Shape) -> bool:
         return False
     if len(there) == 2:
         return True
-    if here[2] < there[2] or here[3] < there[3]:
+    scale = _scale(here, there)
+    raised = (*here[:2], scale * here[2], scale * here[3])
+    strides = _strides(raised, there)
+    if max(scale, *strides) > MAX_STRIDE:
         return False
-    strides = _strides(here, there)
-    if max(strides) > MAX_STRIDE:
-        return False
-    return all(_strided(size, stride) == out for size, stride, out in zip(here[2:], strides, there[2:], strict=True))
+    return all(_strided(size, stride) == out for size, stride, out in zip(raised[2:], strides, there[2:], strict=True))
 
 
 def _is_image(shape: Shape) -> bool:
@@ -399,6 +406,10 @@ class _Walk:
                 return self._keep(tensor)
         if len(shape) == 3:
             tensor = self._to_sequences(tensor, shape)
+            here = self.shape(tensor)
+        if len(shape) == 4 and (scale := _scale(here, shape)) > 1:
+            tensor = self._add(_pointwise(here, BOTTLENECK, (1, 1), "relu"), tensor)
+            tensor = self._add(Upsample(input=self.shape(tensor), scale=scale), tensor)
             here = self.shape(tensor)
         strides = _strides(here, shape) if len(shape) == 4 else (1, 1)
         if _is_narrowed(here, shape):
@@ -489,7 +500,8 @@ class _Walk:
 
     def _origin(self, operator: Operator) -> int | None:
         """A tensor from which an adapter can make the second input: the smallest map, then the narrowest."""
-        origins = [shape for shape in self.tensors if _can_adapt(shape, operator.inputs[1])]
+        wanted = operator.inputs[1]
+        origins = [s for s in self.tensors if _size(s) >= _size(wanted) and _can_adapt(s, wanted)]
         return self.tensors[min(origins, key=lambda shape: (_size(shape), shape[1]))][-1] if origins else None
 
     def can_place(self, operator: Operator, current: int) -> bool:
