@@ -129,13 +129,14 @@ def run(
     case = f"{backend}, {family}, {size} px"
     noise = {"load_tolerance": tolerance}
     whole = WHOLE.model_copy(update=noise)
+    length = {"carrier_length": round(float(np.median([len(network.nodes) for network in asked])))}
     with (
         EmbeddedService(str(folder / "tables.sqlite"), folder, backend=backend) as service,
         ProfilerClient(service.url, patience_s=PATIENCE_S, still_there=service.check) as client,
     ):
         for name in contexts:
             context = name.replace("_", " ")
-            client.open_pin(service.target, CONTEXTS[name].model_copy(update=noise))
+            client.open_pin(service.target, CONTEXTS[name].model_copy(update=noise | length))
             client.calibrate(calibration, whole)
             estimates = client.estimates(test)
             measured = latencies(client, test, whole)

@@ -32,7 +32,17 @@ ENERGY_SESSIONS = 3
 """Sessions of one graph whose energy is counted: it hardly depends on where a runtime placed its memory."""
 
 MIN_KNOWN = 8
-"""Known operators in a lease below which they do not say how far it is from its table."""
+MIN_KNOWN_NETWORKS = 3
+"""Known operators and networks in a lease below which they do not say how far it is from its table."""
+
+ALIKE = 0.35
+"""Difference in the logarithm of the parameters up to which two networks suffer about alike from a busy memory."""
+
+STRAY = 0.05
+"""How far a known network's drift may be from that of the others and still count in full."""
+
+CERTAIN = 0.02
+"""Relative spread between carriers below which one known operator says no more than another."""
 
 SIGNIFICANT_DIGITS = 5
 STOPS: tuple[Stop, ...] = ("confident", "settled", "max_runs", "max_seconds")
@@ -106,10 +116,14 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     )  # fmt: skip
     samples = _samples(graphs, timed, profiles, slowness, profiler_ms, failures, lease.plan)
     refusal = refusal or _drift("the canary", slowness, lease.plan)
-    drift = _filler_drift(samples, lease)
-    if drift is not None:
-        refusal = refusal or _drift("operators that the table knows", drift, lease.plan)
-        samples = {key: [(_slower(found, drift), graph) for found, graph in each] for key, each in samples.items()}
+    drifts = _network_drifts(samples, lease) if lease.networks else _filler_drifts(samples, lease)
+    typical = float(np.median(list(drifts.values()))) if drifts else None
+    if typical is not None:
+        refusal = refusal or _drift("what the table knows", typical, lease.plan)
+        samples = {
+            key: [(_slower(found, drifts.get(key, 1.0)), graph) for found, graph in each]
+            for key, each in samples.items()
+        }
     energies: dict[str, float] = {}
     counted: Evidence = {"absent": "the latencies are refused"}
     if refusal is None:
@@ -142,8 +156,8 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         "seconds": round(time.perf_counter() - began, 3),
         "seconds_in_kernels": round(sum(sum(record.times_ms) for record in timed) / 1e3, 3),
     }
-    if drift is not None:
-        facts["filler_drift"] = round(drift, 4)
+    if typical is not None:
+        facts["known_drift"] = round(typical, 4)
     return Report(
         measurements=tuple(measurements), canary_ms=canary_ms if timed and refusal is None else None, evidence=facts
     )
@@ -168,7 +182,8 @@ def _load(
         carriers = pack(lease.operators, lease.fillers, plan.carriers, plan.carrier_length, seed)
         wanted = [(carrier.network, carrier.places) for carrier in carriers]
     else:
-        networks = lease.networks or tuple(Network.of(operator) for operator in lease.operators)
+        alone = tuple(Network.of(operator) for operator in lease.operators)
+        networks = (*lease.networks, *lease.known_networks) or alone
         wanted = [(network, {}) for network in networks for _ in range(plan.carriers)]
     owners = {Network.of(operator).key: operator.key for operator in lease.operators}
     asked = set(owners.values())
@@ -363,23 +378,49 @@ def _drift(what: str, slowness: float, plan: Plan) -> Failure | None:
     return Failure(cause="drift", message=message)
 
 
-def _filler_drift(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> float | None:
-    """How far this lease is from its table: measured now over what the table says, for the operators that it knows.
-
-    The median by latency, so that ticks and a profiler's work on small operators do not speak for all; None where too
-    few are known. A canary shows how fast a device computes. How busy its memory is with other things it shows less
-    well than operators like those that are measured.
-    """
-    ratios, weights = [], []
+def _ratios(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> dict[str, tuple[float, float]]:
+    """Measured now over what the table says, and the relative spread between graphs, of what is known."""
+    found = {}
     for key, known_ms in lease.known_ms.items():
         if key in samples:
-            ratios.append(statistic([_value(found) for found, _ in samples[key]], "interquartile_mean") / known_ms)
-            weights.append(known_ms)
-    if len(ratios) < MIN_KNOWN:
-        return None
+            values = np.array([_value(one) for one, _ in samples[key]])
+            found[key] = (statistic(values, "interquartile_mean") / known_ms, float(values.std() / values.mean()))
+    return found
+
+
+def _filler_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> dict[str, float]:
+    """How far this lease is from its table, for every operator; empty where too few are known.
+
+    The median over the known operators, by latency and by how well their carriers agree, so that ticks, a profiler's
+    work on small operators and neighbours do not speak for all. A canary shows how fast a device computes. How busy its
+    memory is with other things it shows less well than operators like those that are measured.
+    """
+    known = _ratios(samples, lease)
+    if len(known) < MIN_KNOWN:
+        return {}
+    ratios = np.array([ratio for ratio, _ in known.values()])
+    weights = np.array([lease.known_ms[key] / (CERTAIN + spread) for key, (_, spread) in known.items()])
     order = np.argsort(ratios)
-    reached = np.cumsum(np.array(weights)[order])
-    return float(np.array(ratios)[order][np.searchsorted(reached, reached[-1] / 2)])
+    reached = np.cumsum(weights[order])
+    drift = float(ratios[order][np.searchsorted(reached, reached[-1] / 2)])
+    return dict.fromkeys(samples, drift)
+
+
+def _network_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> dict[str, float]:
+    """The same for whole networks, each by the known networks with about as many weights: those that fit a device's
+    caches hardly feel who else uses its memory."""
+    known = _ratios(samples, lease)
+    if len(known) < MIN_KNOWN_NETWORKS:
+        return {}
+    size = {network.key: np.log1p(network.parameters) for network in (*lease.networks, *lease.known_networks)}
+    logs = np.log([ratio for ratio, _ in known.values()])
+    logs = np.clip(logs, np.median(logs) - STRAY, np.median(logs) + STRAY)
+    sizes = np.array([size[key] for key in known])
+    drifts = {}
+    for key in samples:
+        weights = 1 / (1 + ((sizes - size[key]) / ALIKE) ** 2)
+        drifts[key] = float(np.exp(weights @ logs / weights.sum()))
+    return drifts
 
 
 def _slower(samples: Samples, drift: float) -> Samples:

@@ -17,7 +17,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil, floor, prod
 
 from lut_db.networks import Network, NetworkBuilder
 from lut_db.operators import (
@@ -89,10 +89,15 @@ def pack(
 ) -> list[Carrier]:
     """Carriers in which every wanted operator has a place in `carriers` different graphs.
 
-    Each has about `length` operators beside its adapters. `fillers` have places in half as many: what is known of them
+    Each has about `length` operators, adapters and all: as many as the networks have that will be asked for, since what
+    an operator costs depends on what the caches hold. `fillers` have places in half as many: what is known of them
     shows whether the device has drifted.
     """
     return _Packer(wanted, fillers, carriers, length, random.Random(seed)).pack()
+
+
+_Kind = tuple[tuple[int, int], bool]
+"""The size of what an operator reads, and whether what it makes is as large."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,10 @@ class _Piece:
     makes: Shape
     parameters: int
     activations: int
+
+    @property
+    def kind(self) -> _Kind:
+        return self.level, self.stays
 
     @classmethod
     def of(cls, operator: Operator) -> _Piece:
@@ -132,22 +141,34 @@ class _Packer:
         for piece in self.pieces:
             if len(piece.operator.inputs) == 1:
                 self.makers.setdefault(piece.makes, []).append(piece)
-        share = min(1.0, length / len(self.pieces))
-        self.quota = {
-            kind: ceil(count * share) for kind, count in Counter((p.level, p.stays) for p in self.pieces).items()
-        }
-        """Operators of a carrier by the size of what they read and by whether they keep it. Rounded up, so that no size
-        is left for carriers of its own: a carrier can be a little longer than asked for."""
+        self.timed = max(1, length // 2)
+        """Operators of a carrier that have places there; the others are adapters and neighbours."""
+        self.kinds = Counter(piece.kind for piece in self.pieces)
 
     def pack(self) -> list[Carrier]:
         packed = []
-        while +self.need:
-            before = (+self.need).total()
-            carrier = self._carrier(self._start(self.pieces))
-            if (+self.need).total() == before:  # nothing that needs a place can be reached from there
-                carrier = self._carrier(self._start([piece for piece in self.pieces if self.need[piece.key] > 0]))
+        while before := (+self.need).total():
+            # A walk can pass by what still needs a place: then nothing else may lead it on to smaller maps, and at
+            # last it begins there.
+            for begin, straight in ((self.pieces, False), (self.pieces, True), (None, True)):
+                needing = [piece for piece in self.pieces if self.need[piece.key] > 0]
+                carrier = self._carrier(self._start(begin or needing), straight)
+                if (+self.need).total() < before:
+                    break
             packed.append(carrier)
         return packed
+
+    def _quota(self) -> Counter[_Kind]:
+        """How many operators a carrier takes of each kind: its share of the places that are still needed, so that all
+        kinds last until the end, and where these are too few, of all operators. Parts of one are drawn."""
+        need: Counter[_Kind] = Counter()
+        for piece in self.pieces:
+            need[piece.kind] += max(0, self.need[piece.key])
+        carriers = max(ceil(need.total() / self.timed), *self.need.values())
+        spare = (self.timed - need.total() / carriers) / len(self.pieces)
+        return Counter(
+            {kind: floor(need[kind] / carriers + spare * count + self.rng.random()) for kind, count in self.kinds.items()}
+        )
 
     def _start(self, pieces: Sequence[_Piece]) -> _Piece:
         """The largest maps come first, as in a network: from there a walk can reach every smaller one."""
@@ -159,20 +180,25 @@ class _Packer:
         most = max(self.need[piece.key] for piece in pieces)
         return self.rng.choice([piece for piece in pieces if self.need[piece.key] == most or most <= 0])
 
-    def _carrier(self, start: _Piece) -> Carrier:
+    def _carrier(self, start: _Piece, straight: bool) -> Carrier:
+        """`straight`: it takes what makes maps smaller only where that needs a place."""
         walk = _Walk(self.rng)
-        left = dict(self.quota)
+        left = self._quota()
         unused = {piece.key: piece for piece in self.pieces}
         current = walk.enter(start.operator)
         found: tuple[_Piece, int] | None = (start, current)
         while found is not None:
             piece, current = found
-            left[piece.level, piece.stays] -= 1
+            left[piece.kind] -= 1
             del unused[piece.key]
             self.need[piece.key] -= 1
             fork = current
             current = walk.place(piece.operator, current)
-            takes = [p for p in unused.values() if left[p.level, p.stays] > 0 and walk.has_room(p)]
+            takes = [
+                p
+                for p in unused.values()
+                if left[p.kind] > 0 and walk.has_room(p) and (p.stays or not straight or self.need[p.key] > 0)
+            ]
             found = None
             if not piece.stays:
                 leaving = [p for p in takes if p.level == piece.level and not p.stays and self.need[p.key] > 0]

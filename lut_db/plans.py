@@ -21,8 +21,10 @@ class Plan(Record):
     """How to measure.
 
     Carriers: in context, each operator is measured in `carriers` different graphs of about `carrier_length`
-    operators packed at random from `seed`; elsewhere in as many fresh sessions of its graph, since where a runtime
-    happens to place its memory matters. The row is the median over the carriers, from four on the mean of their
+    operators, half of them adapters between the others, packed at random from `seed`. It should be about the number of
+    operators of the networks that will be asked for: longer graphs leave less of an operator in the caches, shorter
+    ones more. Elsewhere it is measured in as many fresh sessions of its graph, since where a runtime happens to place
+    its memory matters. The row is the median over the carriers, from four on the mean of their
     middle half. Many carriers with few runs each make a better row than few with many: neighbours matter more.
 
     Stopping: after `warmup_runs` runs that are thrown away, runs go on until the half-width of the 95 % confidence
@@ -40,7 +42,7 @@ class Plan(Record):
 
     context: Context = "in_context"
     carriers: Annotated[int, Field(ge=1, le=32)] = 6
-    carrier_length: Annotated[int, Field(ge=1, le=256)] = 40
+    carrier_length: Annotated[int, Field(ge=1, le=256)] = 64
     seed: Annotated[int, Field(ge=0)] = 0
     warmup_runs: Annotated[int, Field(ge=0, le=1000)] = 2
     round_runs: Annotated[int, Field(ge=1, le=1000)] = 8

@@ -55,9 +55,9 @@ class Lease(Value):
     """The right to measure these operators or networks on one device until `expires_in_s` have passed.
 
     `token` fences: it grows with every lease, and a report under a token that no longer holds changes nothing.
-    `fillers` are operators already in the table: carriers are filled up with them, and they show drift.
-    `known_ms` is what the table says of them. `canary_ms` is the latency of the canary on which the target's tables
-    are based, None until a first report has set it.
+    `fillers` are operators already in the table: carriers are filled up with them, and they show drift, as
+    `known_networks` do where whole networks are measured. `known_ms` is what the table says of both. `canary_ms` is
+    the latency of the canary on which the target's tables are based, None until a first report has set it.
     """
 
     token: int
@@ -67,6 +67,7 @@ class Lease(Value):
     operators: tuple[Operator, ...] = ()
     networks: tuple[Network, ...] = ()
     fillers: tuple[Operator, ...] = ()
+    known_networks: tuple[Network, ...] = ()
     known_ms: dict[Key, float] = Field(default_factory=dict)
     canary_ms: float | None = Field(default=None, gt=0)
     expires_in_s: float

@@ -103,10 +103,21 @@ def compose(session: Session, token: int, settings: Settings) -> Lease | None:
             fillers.append(operator)
             if record.reference is None:  # a device on trial is not to be brought to the table's speed
                 known_ms[operator.key] = latency_ms
+    known_networks = []
+    if networks:
+        oldest = queries.oldest_networks(
+            session, record.target, record.plan, leave_out=keys, limit=scheduling.OLDEST_NETWORKS
+        )
+        sizes = [network.parameters for network in networks]
+        chosen = scheduling.choose_known_networks(sizes, [size for _, size, _ in oldest], scheduling.KNOWN_NETWORKS)
+        known_ms |= {oldest[index][0]: oldest[index][2] for index in chosen}
+        definitions = queries.read_definitions(session, known_ms)
+        known_networks = [Network.model_validate(definitions[oldest[index][0]][1]) for index in chosen]
     left = record.deadline - queries.clock(session)
     return Lease(
         token=token, device=record.device, target=queries.read_target(session, record.target), plan=plan,
-        operators=tuple(wanted), networks=tuple(networks), fillers=tuple(fillers), known_ms=known_ms,
+        operators=tuple(wanted), networks=tuple(networks), fillers=tuple(fillers),
+        known_networks=tuple(known_networks), known_ms=known_ms,
         canary_ms=queries.read_canary(session, record.target),
         expires_in_s=max(left.total_seconds(), 0.0),
     )  # fmt: skip

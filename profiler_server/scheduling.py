@@ -16,6 +16,12 @@ MAX_NETWORKS = 16
 
 MIN_FILLERS = 24
 
+KNOWN_NETWORKS = 6
+"""Known networks that tie a lease of whole networks to its table."""
+
+OLDEST_NETWORKS = 32
+"""Networks of a table that leases are tied to: always the first, so that errors do not pass from lease to lease."""
+
 MAX_ATTEMPTS = 3
 """Tries of a measurement before its failure becomes a row."""
 
@@ -61,7 +67,19 @@ def fate(failure: Failure, attempts: int) -> Fate:
 def filler_count(plan: Plan, wanted: int) -> int:
     """How many known operators fill up the carriers of a lease of `wanted` operators: two carriers' worth in all, and
     enough to tie the lease to the table."""
-    return max(MIN_FILLERS, 2 * plan.carrier_length - wanted) if plan.context == "in_context" else 0
+    return max(MIN_FILLERS, plan.carrier_length - wanted) if plan.context == "in_context" else 0
+
+
+def choose_known_networks(wanted: Sequence[int], known: Sequence[int], count: int) -> list[int]:
+    """Up to `count` indices into `known`, networks with about as many parameters as the wanted ones, from the smallest
+    to the largest: how far a busy memory slows a network down depends on its weights."""
+    ordered = sorted(wanted)
+    chosen: list[int] = []
+    for number in range(min(count, len(known))):
+        like = ordered[round(number * (len(ordered) - 1) / max(1, count - 1))]
+        left = (index for index in range(len(known)) if index not in chosen)
+        chosen.append(min(left, key=lambda index: (abs(known[index] - like), index)))
+    return chosen
 
 
 def choose_fillers(wanted: Sequence[Operator], known: Sequence[Operator], count: int, seed: int) -> list[int]:

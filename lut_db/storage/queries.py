@@ -482,6 +482,24 @@ def measured_operators(
     return [(definition, latency_ms) for definition, latency_ms in session.execute(query)]
 
 
+def oldest_networks(
+    session: Session, target: str, plan: str, *, leave_out: Iterable[str], limit: int
+) -> list[tuple[str, int, float]]:
+    """Key, parameters and latency in ms of whole networks in a table, those that were measured first."""
+    each = _each(session, leave_out)
+    query = (
+        select(m.Workload.key, m.Workload.parameters, m.Row.latency_ms)
+        .join(m.Workload, m.Workload.key == m.Row.workload)
+        .where(
+            *_newest(target, plan), m.Row.status == Status.MEASURED.value, m.Workload.kind == m.NETWORK,
+            m.Row.workload.not_in(select(each.c.value)),
+        )
+        .order_by(m.Row.id)
+        .limit(limit)
+    )  # fmt: skip
+    return [(key, parameters, latency_ms) for key, parameters, latency_ms in session.execute(query)]
+
+
 # --- the queue ------------------------------------------------------------------------------------------------
 
 

@@ -182,13 +182,13 @@ def test_known_operators_tie_a_lease_to_its_table(backend: backends.Backend) -> 
     asked = lease(backend, plan, operators=(wanted,), fillers=tuple(fillers), canary_ms=before.canary_ms)
     report = measure(backend, asked.model_copy(update={"known_ms": half_ms}))
     (measurement,) = report.measurements
-    drift, slowness = report.evidence["filler_drift"], report.evidence["slowness"]
+    drift, slowness = report.evidence["known_drift"], report.evidence["slowness"]
     assert isinstance(drift, float)
     assert isinstance(slowness, float)
     assert 1 < drift < 10, "the table says half of what they take"
     assert all(found.slowness == pytest.approx(slowness * drift, rel=0.01) for found in measurement.samples)
     few = dict(list(half_ms.items())[: MIN_KNOWN - 1])
-    assert "filler_drift" not in measure(backend, asked.model_copy(update={"known_ms": few})).evidence
+    assert "known_drift" not in measure(backend, asked.model_copy(update={"known_ms": few})).evidence
     other = measure(backend, asked.model_copy(update={"known_ms": dict.fromkeys(half_ms, 1e-6)}))
     assert [m.failure.cause for m in other.measurements if m.failure] == ["drift"]
 

@@ -35,7 +35,7 @@ def test_every_wanted_operator_is_in_that_many_carriers(
     assert all(places[operator.key] >= carriers for operator in wanted)
     sizes = {operator.inputs[0][1:] for operator in known.values()}
     for carrier in packed:
-        assert 1 <= len(carrier.places) <= length + 2 * len(sizes), "its share of each size is rounded up"
+        assert 1 <= len(carrier.places) <= length + 2 * len(sizes), "its share of each size may be rounded up"
         for node, key in carrier.places.items():
             assert carrier.network.nodes[node].operator == known[key]
         # A runtime drops what nothing reads: every tensor is read or returned.
@@ -97,15 +97,18 @@ def test_carriers_are_alike_and_like_a_network() -> None:
         network = description.network(Architecture(widths=widths, kernels=space.full.kernels))
         found.update({operator.key: operator for operator in network.operators})
     operators = list(found.values())
-    packed = pack(operators, [], 6, 40, 0)
-    assert len(packed) <= 6 * len(operators) / 40 + 3
+    packed = pack(operators, [], 6, 80, 0)
+    assert len(packed) <= 1.2 * 6 * len(operators) / 40
     sizes = Counter(operator.inputs[0][2:] for operator in operators)
     parameters = [carrier.network.parameters for carrier in packed]
     assert max(parameters) < 5 * min(parameters)
     for carrier in packed:
-        assert len(carrier.places) >= 36
+        assert 28 <= len(carrier.places) <= 52
+        assert 50 <= len(carrier.network.nodes) <= 110
         read = {found[key].inputs[0][2:] for key in carrier.places.values()}
-        assert read == set(sizes), "each goes from the largest maps to vectors"
+        assert len(read) >= len(sizes) - 1, "each goes from the largest maps to vectors"
+        returned = [carrier.network.shapes[tensor] for tensor in carrier.network.output_tensors]
+        assert all(len(shape) == 2 for shape in returned), "no map is a dead end, which a runtime may leave for the end"
         inputs = len(carrier.network.inputs)
         for number in carrier.places:
             node = carrier.network.nodes[number]

@@ -44,8 +44,8 @@ def test_what_is_unsupported_is_not_tried_again() -> None:
 
 
 def test_only_carriers_are_filled_up() -> None:
-    assert filler_count(Plan(carrier_length=40), 30) == 50
-    assert filler_count(Plan(carrier_length=40), 100) == MIN_FILLERS, "they tie it to its table"
+    assert filler_count(Plan(carrier_length=80), 30) == 50
+    assert filler_count(Plan(carrier_length=80), 100) == MIN_FILLERS, "they tie it to its table"
     assert filler_count(Plan(context="isolated"), 1) == filler_count(WHOLE, 1) == 0
 
 
