@@ -17,7 +17,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, floor, prod
+from math import ceil, floor, isqrt, prod
 
 from lut_db.networks import Network, NetworkBuilder
 from lut_db.operators import (
@@ -69,6 +69,9 @@ ROOM_PARAMETERS = 1 << 28
 ROOM_ACTIVATIONS = 1 << 30
 """Weights and elements in all beyond which a carrier takes nothing more (1 and 4 GiB of float32): operators that may
 each be there must not make a graph together that no device holds. The first, and its adapters, are always taken."""
+
+MIN_BALLAST = 64
+"""Features of a ballast's layers below which its weights do not matter."""
 
 MAX_STRIDE = 64
 MAX_HEADS = 64
@@ -141,6 +144,7 @@ class _Packer:
         for piece in self.pieces:
             if len(piece.operator.inputs) == 1:
                 self.makers.setdefault(piece.makes, []).append(piece)
+        self.length = length
         self.timed = max(1, length // 2)
         """Operators of a carrier that have places there; the others are adapters and neighbours."""
         self.kinds = Counter(piece.kind for piece in self.pieces)
@@ -208,7 +212,7 @@ class _Packer:
                     if found is not None:
                         walk.end(current)
             found = found or self._next(walk, current, takes)
-        return Carrier(walk.finish(current), walk.places)
+        return Carrier(walk.finish(current, self.length), walk.places)
 
     def _next(self, walk: _Walk, current: int, takes: Sequence[_Piece]) -> tuple[_Piece, int] | None:
         """The next operator and what it reads; None: the walk is over.
@@ -392,6 +396,7 @@ class _Walk:
         self.images: dict[Shape, int] = {}
         self.families: dict[int, str] = {}
         self.parameters = 0
+        self.timed_parameters = 0
         self.activations = 0
 
     def has_room(self, piece: _Piece, adapters: int = 0) -> bool:
@@ -550,6 +555,7 @@ class _Walk:
             inputs.append(second)
         tensor = self._add(operator, *inputs)
         self.places[len(self.build) - 1] = operator.key
+        self.timed_parameters += operator.parameters
         self.families[tensor] = _family(operator)
         return self._keep(tensor)
 
@@ -572,9 +578,20 @@ class _Walk:
         shape = self.shape(tensor)
         return self._add(_pointwise(shape, _few(shape), (1, 1), "none"), tensor)
 
-    def finish(self, current: int) -> Network:
-        """Ends with an adapter behind the last operator, and returns every tensor that nothing reads."""
-        self.end(current)
+    def finish(self, current: int, length: int) -> Network:
+        """Ends with an adapter behind the last operator and the ballast, and returns every tensor that nothing reads.
+
+        The ballast are the weights that a network of this length would have beyond those of the carrier, half of which
+        is adapters: what an operator costs depends on what else passes through the caches before it comes again.
+        """
+        tensor = self.end(current)
+        weights = min(self.timed_parameters * length // len(self.places), ROOM_PARAMETERS) - self.parameters
+        features = min(isqrt(max(0, weights)), MAX_ELEMENTS // self.shape(tensor)[0])
+        if features >= MIN_BALLAST:
+            if len(self.shape(tensor)) > 2:
+                tensor = self._add(GlobalPool(input=self.shape(tensor)), tensor)
+            for _ in range(2):
+                tensor = self._add(Linear(input=self.shape(tensor), features=features, activation="relu"), tensor)
         return self.build.network(
             *(tensor for tensor in range(self.inputs, len(self.build) + self.inputs) if tensor not in self.read)
         )
