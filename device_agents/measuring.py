@@ -129,7 +129,8 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     if refusal is None:
         progress("counting energy")
         spare = {id(graph): twin for graph, twin in zip(twins, plain, strict=True)}
-        energies, counted = _energies(backend, graphs, timed, profiles, spare, profiler_ms, lease.plan)
+        asked = [pair for pair in zip(graphs, timed, strict=True) if pair[0].places or pair[0].key in keys]
+        energies, counted = _energies(backend, asked, profiles, spare, profiler_ms, lease.plan)
     stops: dict[str, Stop] = {graph.key: record.stop or "max_runs" for graph, record in zip(graphs, timed, strict=True)}
     measured = {key: _measurement(key, found, stops, energies.get(key), lease.plan) for key, found in samples.items()}
     all_canaries = np.concatenate(sampled.canaries_ms)
@@ -182,9 +183,10 @@ def _load(
         carriers = pack(lease.operators, lease.fillers, plan.carriers, plan.carrier_length, seed)
         wanted = [(carrier.network, carrier.places) for carrier in carriers]
     else:
-        alone = tuple(Network.of(operator) for operator in lease.operators)
-        networks = (*lease.networks, *lease.known_networks) or alone
+        networks = lease.networks or tuple(Network.of(operator) for operator in lease.operators)
+        sessions = 1 if backend.starts else plan.carriers
         wanted = [(network, {}) for network in networks for _ in range(plan.carriers)]
+        wanted += [(network, {}) for network in lease.known_networks for _ in range(sessions)]
     owners = {Network.of(operator).key: operator.key for operator in lease.operators}
     asked = set(owners.values())
     graphs = []
@@ -302,7 +304,7 @@ def _half_width(samples: Samples, plan: Plan, *, whole: bool) -> float:
 
 
 def _energies(
-    backend: Backend, graphs: Sequence[_Graph], timed: Sequence[Timed], profiles: dict[int, NodeTimes],
+    backend: Backend, graphs: Sequence[tuple[_Graph, Timed]], profiles: dict[int, NodeTimes],
     spare: dict[int, Loaded], profiler_ms: float, plan: Plan,
 ) -> tuple[dict[str, float], Evidence]:  # fmt: skip
     """Joules that one run adds, by key, and what they rest on; none, with the reason, where they cannot be had.
@@ -314,7 +316,7 @@ def _energies(
         return {}, {"absent": "this backend knows of nothing that counts energy"}
     wanted: list[tuple[_Graph, Timed]] = []
     sessions: dict[str, int] = defaultdict(int)
-    for graph, record in zip(graphs, timed, strict=True):
+    for graph, record in graphs:
         sessions[graph.network.key] += 1
         if id(graph) in profiles or (not graph.places and sessions[graph.network.key] <= ENERGY_SESSIONS):
             wanted.append((graph, record))

@@ -109,7 +109,7 @@ def compose(session: Session, token: int, settings: Settings) -> Lease | None:
             session, record.target, record.plan, leave_out=keys, limit=scheduling.OLDEST_NETWORKS
         )
         sizes = [network.parameters for network in networks]
-        chosen = scheduling.choose_known_networks(sizes, [size for _, size, _ in oldest], scheduling.KNOWN_NETWORKS)
+        chosen = scheduling.choose_known_networks(sizes, [size for _, size, _ in oldest])
         known_ms |= {oldest[index][0]: oldest[index][2] for index in chosen}
         definitions = queries.read_definitions(session, known_ms)
         known_networks = [Network.model_validate(definitions[oldest[index][0]][1]) for index in chosen]

@@ -16,8 +16,8 @@ MAX_NETWORKS = 16
 
 MIN_FILLERS = 24
 
-KNOWN_NETWORKS = 6
-"""Known networks that tie a lease of whole networks to its table."""
+KNOWN_NETWORKS = (3, 6)
+"""The fewest and the most known networks that tie a lease of whole networks to its table."""
 
 OLDEST_NETWORKS = 32
 """Networks of a table that leases are tied to: always the first, so that errors do not pass from lease to lease."""
@@ -70,12 +70,14 @@ def filler_count(plan: Plan, wanted: int) -> int:
     return max(MIN_FILLERS, plan.carrier_length - wanted) if plan.context == "in_context" else 0
 
 
-def choose_known_networks(wanted: Sequence[int], known: Sequence[int], count: int) -> list[int]:
-    """Up to `count` indices into `known`, networks with about as many parameters as the wanted ones, from the smallest
-    to the largest: how far a busy memory slows a network down depends on its weights."""
+def choose_known_networks(wanted: Sequence[int], known: Sequence[int]) -> list[int]:
+    """Indices into `known`, networks with about as many parameters as the wanted ones, from the smallest to the
+    largest: how far a busy memory slows a network down depends on its weights."""
     ordered = sorted(wanted)
+    fewest, most = KNOWN_NETWORKS
+    count = min(max(fewest, len(wanted)), most, len(known))
     chosen: list[int] = []
-    for number in range(min(count, len(known))):
+    for number in range(count):
         like = ordered[round(number * (len(ordered) - 1) / max(1, count - 1))]
         left = (index for index in range(len(known)) if index not in chosen)
         chosen.append(min(left, key=lambda index: (abs(known[index] - like), index)))

@@ -15,7 +15,7 @@ from phones import phone as running_phone
 
 from device_agents import backends
 from device_agents.backends import LoadFailed, Options, Unprofiled, Unsupported
-from device_agents.measuring import MIN_KNOWN, measure
+from device_agents.measuring import MIN_KNOWN, MIN_KNOWN_NETWORKS, measure
 from lut_db.canary import canary
 from lut_db.errors import InvalidInput
 from lut_db.networks import Network
@@ -191,6 +191,26 @@ def test_known_operators_tie_a_lease_to_its_table(backend: backends.Backend) -> 
     assert "known_drift" not in measure(backend, asked.model_copy(update={"known_ms": few})).evidence
     other = measure(backend, asked.model_copy(update={"known_ms": dict.fromkeys(half_ms, 1e-6)}))
     assert [m.failure.cause for m in other.measurements if m.failure] == ["drift"]
+
+
+@IN_FP32
+def test_known_networks_tie_whole_networks_to_their_table(backend: backends.Backend) -> None:
+    plan = light(backend, context="whole", carriers=1)
+    wanted, *known = (Network.of(operator) for operator in ONE_OF_EACH[: MIN_KNOWN_NETWORKS + 1])
+    before = measure(backend, lease(backend, plan, networks=(wanted, *known)))
+    half_ms = {m.key: (m.latency_ms or 0) / 2 for m in before.measurements[1:]}
+    asked = lease(
+        backend, plan, networks=(wanted,), known_networks=tuple(known), known_ms=half_ms, canary_ms=before.canary_ms
+    )
+    report = measure(backend, asked)
+    (measurement,) = report.measurements
+    drift, slowness = report.evidence["known_drift"], report.evidence["slowness"]
+    assert isinstance(drift, float)
+    assert isinstance(slowness, float)
+    assert 1 < drift < 10, "the table says half of what they take"
+    assert all(found.slowness == pytest.approx(slowness * drift, rel=0.01) for found in measurement.samples)
+    few = dict(list(half_ms.items())[: MIN_KNOWN_NETWORKS - 1])
+    assert "known_drift" not in measure(backend, asked.model_copy(update={"known_ms": few})).evidence
 
 
 @IN_FP32

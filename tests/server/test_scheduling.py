@@ -13,6 +13,7 @@ from profiler_server.scheduling import (
     MAX_NETWORKS,
     MIN_FILLERS,
     choose_fillers,
+    choose_known_networks,
     fate,
     filler_count,
     lease_size,
@@ -72,3 +73,15 @@ def test_neighbours_come_before_strangers() -> None:
         assert chosen[2] == 10  # two steps away
         assert chosen[3] < 10
     assert len({tuple(choose_fillers(wanted, known, 6, seed)) for seed in range(20)}) > 1
+
+
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=20), st.lists(st.integers(0, 100), max_size=40))
+def test_known_networks_are_distinct_and_as_many_as_tie_a_lease(wanted: list[int], known: list[int]) -> None:
+    chosen = choose_known_networks(wanted, known)
+    assert len(set(chosen)) == len(chosen) == min(len(known), max(3, min(6, len(wanted))))
+
+
+def test_known_networks_are_as_large_as_the_wanted() -> None:
+    known = [1, 2, 30, 40, 60, 500, 1000, 2000]
+    assert {known[index] for index in choose_known_networks([28, 41, 65], known)} == {30, 40, 60}
+    assert {known[index] for index in choose_known_networks([1, 2, 2000, 500, 40, 1000], known)} >= {1, 2, 2000}

@@ -15,6 +15,7 @@ from tables_kit import PLAN, TARGET, WHOLE_PLAN, chain, conv, convs, failed, mak
 
 from lut_db.estimates import Correction, Fit
 from lut_db.measurements import MAX_SAMPLES, Measurement, Status
+from lut_db.networks import Network
 from lut_db.operators import Linear, Operator
 from lut_db.storage import models as m
 from lut_db.storage import queries
@@ -757,6 +758,25 @@ def test_whole_networks_are_measured_once(lab: Lab) -> None:
     (row, *_) = lab.rows(kind="network").rows
     detail = RowDetail.model_validate(lab.client.get(f"/v1/rows/{row.id}").json())
     assert detail.definition == networks[0]
+
+
+def test_known_networks_tie_a_lease_to_its_table(lab_on_both: Lab) -> None:
+    lab = lab_on_both
+
+    def ask(*networks: Network) -> Lease:
+        body = {"networks": [network.model_dump(mode="json") for network in networks]}
+        answer = lab.client.post(f"/v1/targets/{TARGET.key}/networks", json=body)
+        assert answer.status_code == 200, answer.text
+        return lab.must_lease()
+
+    known = [chain(4, width) for width in range(5, 9)]
+    first = ask(*known)
+    assert (first.known_networks, first.known_ms) == ((), {})
+    lab.report(first.token, *(measured(network.key, 2.5) for network in known))
+    second = ask(chain(4, 10))
+    assert second.networks == (chain(4, 10),)
+    assert set(second.known_networks) == set(known[1:]), "the three with about as many weights"
+    assert second.known_ms == {network.key: 2.5 for network in second.known_networks}
 
 
 def calibrate(lab: Lab, networks: list[Any]) -> tuple[int, Calibration]:
