@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -93,7 +93,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     graphs = _load(backend, lease, failures, progress)
     # Profiled carriers have a twin without a profiler, which shows what profiling itself costs.
     profiled = [graph for graph in graphs if graph.places]
-    twins = sorted(profiled, key=lambda graph: len(graph.network.nodes), reverse=True)[:TWINS]
+    twins = sorted(profiled, key=lambda graph: _elements_per_node(graph.network))[:TWINS]
     plain = [backend.load(graph.network, profile=False) for graph in twins]
     progress(f"timing {len(graphs)} graphs")
     watch = backend.watch()
@@ -226,14 +226,21 @@ def _profiler_cost(twins: Sequence[tuple[NodeTimes, Timed, Timed]], plan: Plan) 
 
     A profiler's entries include some of its own work, a whole run has work that no entry shows. Both go with the
     number of entries, so the difference between a profile's sum and the same graph's latency without a profiler,
-    divided by the entries, makes profiles add up to latencies.
+    divided by the entries, makes profiles add up to latencies. It is seen best in fast graphs.
     """
-    excess = entries = 0.0
+    agreement = weight = 0.0
     for profile, timed, twin in twins:
-        profiled = profile.total_ms[_counted(timed, plan)].sum(axis=1)
-        excess += float(profiled.mean()) - statistic(twin.times_ms, plan.statistic)
-        entries += float(profile.events.sum())
-    return excess / entries if entries else 0.0
+        latency_ms, entries = statistic(twin.times_ms, plan.statistic), float(profile.events.sum())
+        excess_ms = float(profile.total_ms[_counted(timed, plan)].sum(axis=1).mean()) - latency_ms
+        # Sessions differ by a share of their latency: least squares over relative differences.
+        agreement += entries * excess_ms / latency_ms**2
+        weight += (entries / latency_ms) ** 2
+    return agreement / weight if weight else 0.0
+
+
+def _elements_per_node(network: Network) -> float:
+    """Weights and elements of maps for each node: how slow a graph is beside what its profiler costs."""
+    return (network.parameters + sum(prod(shape) for shape in network.shapes)) / len(network.nodes)
 
 
 def _counted(timed: Timed, plan: Plan) -> NDArray[np.intp]:

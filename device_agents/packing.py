@@ -6,9 +6,10 @@ a network because the operators of a search do fit each other. Where nothing fit
 1 x 1 or a linear layer with ReLU, through few channels where it would have many weights; its time is thrown away) leads
 on: from maps to smaller ones, to tokens and to vectors, and from tokens to as many others.
 
-What an operator costs depends on what the caches hold of its weights, and so on everything that runs before it comes
-again: a carrier of layers with few weights makes every one of them cheap. Every carrier therefore is as long as a plan
-says, and takes operators from all sizes of maps in the proportion in which there are such.
+What an operator costs depends on what the caches hold of its weights and of its input, and so on everything that runs
+before it comes again. Every carrier therefore is as long as a plan says, with the weights of a network of that length
+(ballast), and takes operators from all sizes of maps in the proportion in which there are such. It is one line: a runtime
+may run branches that nothing reads last of all, when what they read has left the caches.
 """
 
 from __future__ import annotations
@@ -73,7 +74,13 @@ each be there must not make a graph together that no device holds. The first, an
 MIN_BALLAST = 64
 """Features of a ballast's layers below which its weights do not matter."""
 
+MAX_BALLAST = 1 << 24
+"""Weights beyond which more make no difference: no cache holds them (64 MiB of float32)."""
+
 MAX_STRIDE = 64
+MAX_GROWTH = 16
+"""How much larger than the map it leads to an adapter may let a smaller one grow."""
+
 MAX_HEADS = 64
 """Heads that an adapter splits off or merges."""
 
@@ -175,9 +182,11 @@ class _Packer:
         )
 
     def _start(self, pieces: Sequence[_Piece]) -> _Piece:
-        """The largest maps come first, as in a network: from there a walk can reach every smaller one."""
-        largest = max(piece.level for piece in pieces)
-        return self._choose([piece for piece in pieces if piece.level == largest])
+        """The largest maps come first, as in a network: from there a walk can reach every smaller one. What reads an image
+        can stand nowhere else."""
+        level = max(piece.level for piece in pieces)
+        largest = [piece for piece in pieces if piece.level == level]
+        return self._choose([p for p in largest if _is_image(p.reads) and self.need[p.key] > 0] or largest)
 
     def _choose(self, pieces: Sequence[_Piece]) -> _Piece:
         """One that needs most places, so that none is left over for carriers of its own."""
@@ -201,7 +210,10 @@ class _Packer:
             takes = [
                 p
                 for p in unused.values()
-                if left[p.kind] > 0 and walk.has_room(p) and (p.stays or not straight or self.need[p.key] > 0)
+                if left[p.kind] > 0
+                and not _is_image(p.reads)  # it would leave what came before it unread
+                and walk.has_room(p)
+                and (p.stays or not straight or self.need[p.key] > 0)
             ]
             found = None
             if not piece.stays:
@@ -242,14 +254,11 @@ class _Packer:
         """
         here = walk.shape(tensor)
         fitting = [
-            (piece, source)
+            piece
             for piece in pieces
-            for source in [walk.images.get(piece.reads, tensor)]
-            if walk.shape(source) == piece.reads
-            and walk.may_read(piece, source)
-            and walk.can_place(piece.operator, source)
+            if piece.reads == here and walk.may_read(piece, tensor) and walk.can_place(piece.operator, tensor)
         ]
-        unlike = [(piece, source) for piece, source in fitting if piece.family != walk.families.get(source)]
+        unlike = [piece for piece in fitting if piece.family != walk.families.get(tensor)]
         if not unlike:
             led = [(piece, leads) for piece in pieces if (leads := self._leads(walk, here, piece))]
             while led:
@@ -259,8 +268,7 @@ class _Packer:
                     return piece, source
                 led = [(p, leads) for p, leads in led if p is not piece]
         if fitting:
-            piece = self._choose([piece for piece, _ in unlike or fitting])
-            return next(pair for pair in fitting if pair[0] is piece)
+            return self._choose(unlike or fitting), tensor
         adaptable = [
             p for p in pieces if _can_adapt(here, p.reads) and walk.has_room(p, _adapter_parameters(here, p.reads))
         ]
@@ -306,9 +314,18 @@ def _few(shape: Shape) -> int:
     return min(IMAGE_CHANNELS, MAX_ELEMENTS // (prod(shape) // _channels(shape)))
 
 
-def _scale(here: Shape, there: Shape) -> int:
-    """The factor by which a map is to grow until it is as large as another, or larger."""
-    return max(1, -(-there[2] // here[2]), -(-there[3] // here[3]))
+def _scale(here: Shape, there: Shape) -> int | None:
+    """The factor by which a map is to grow before strides lead to the size of another; None: none does."""
+    least = max(1, -(-there[2] // here[2]), -(-there[3] // here[3]))
+    for scale in range(least, least + 1 if least == 1 else MAX_STRIDE + 1):
+        grown = (*here[:2], scale * here[2], scale * here[3])
+        strides = _strides(grown, there)
+        too_large = scale > 1 and grown[2] * grown[3] > MAX_GROWTH * there[2] * there[3]
+        if too_large or max(strides) > MAX_STRIDE:
+            continue
+        if all(_strided(size, stride) == out for size, stride, out in zip(grown[2:], strides, there[2:], strict=True)):
+            return scale
+    return None
 
 
 def _strides(here: Shape, there: Shape) -> tuple[int, int]:
@@ -364,12 +381,7 @@ def _can_adapt(here: Shape, there: Shape) -> bool:
         return False
     if len(there) == 2:
         return True
-    scale = _scale(here, there)
-    raised = (*here[:2], scale * here[2], scale * here[3])
-    strides = _strides(raised, there)
-    if max(scale, *strides) > MAX_STRIDE:
-        return False
-    return all(_strided(size, stride) == out for size, stride, out in zip(raised[2:], strides, there[2:], strict=True))
+    return _scale(here, there) is not None
 
 
 def _is_image(shape: Shape) -> bool:
@@ -393,7 +405,6 @@ class _Walk:
         self.tensors: dict[Shape, list[int]] = {}
         self.read: set[int] = set()
         self.inputs = 0
-        self.images: dict[Shape, int] = {}
         self.families: dict[int, str] = {}
         self.parameters = 0
         self.timed_parameters = 0
@@ -413,9 +424,6 @@ class _Walk:
         """The carrier's inputs, adapted to those of its first operator; returns the first of them."""
         self.inputs = len(operator.inputs)
         sources = [self.build.input(shape if _is_image(shape) else _image(shape)) for shape in operator.inputs]
-        self.images = {
-            shape: source for shape, source in zip(operator.inputs, sources, strict=True) if _is_image(shape)
-        }
         read = [
             self._keep(source) if _is_image(shape) else self.adapt(source, shape, operator)
             for source, shape in zip(sources, operator.inputs, strict=True)
@@ -438,7 +446,7 @@ class _Walk:
         if len(shape) == 3:
             tensor = self._to_sequences(tensor, shape)
             here = self.shape(tensor)
-        if len(shape) == 4 and (scale := _scale(here, shape)) > 1:
+        if len(shape) == 4 and (scale := _scale(here, shape) or 1) > 1:
             tensor = self._add(_pointwise(here, BOTTLENECK, (1, 1), "relu"), tensor)
             tensor = self._add(Upsample(input=self.shape(tensor), scale=scale), tensor)
             here = self.shape(tensor)
@@ -585,8 +593,8 @@ class _Walk:
         is adapters: what an operator costs depends on what else passes through the caches before it comes again.
         """
         tensor = self.end(current)
-        weights = min(self.timed_parameters * length // len(self.places), ROOM_PARAMETERS) - self.parameters
-        features = min(isqrt(max(0, weights)), MAX_ELEMENTS // self.shape(tensor)[0])
+        lacking = self.timed_parameters * length // len(self.places) - self.parameters
+        features = min(isqrt(min(max(0, lacking), MAX_BALLAST)), MAX_ELEMENTS // self.shape(tensor)[0])
         if features >= MIN_BALLAST:
             if len(self.shape(tensor)) > 2:
                 tensor = self._add(GlobalPool(input=self.shape(tensor)), tensor)
