@@ -2,19 +2,21 @@
 
 Random networks are asked for over HTTP from a service with an empty table and an agent of this machine: their
 operators are measured as they are missing, in context and isolated; a correction is fitted on other networks; then
-each network is measured whole, twice, in fresh sessions, which shows how well the truth itself is known.
+each network is measured whole, twice, in fresh sessions minutes apart, which shows how well the truth itself is known.
 
 Families: `plain chains` of convolutions with ReLU; `sub-networks` of a MobileNetV3 super-network of half the paper's
-width (channel-level bypass, residuals of unequal width, squeeze-and-excite, hard-swish), with 5 MB of weights on average;
-and `large sub-networks` of the paper's own, whose 17 MB fill a processor's caches. No network of the test is used for
-the correction.
+width (channel-level bypass, residuals of unequal width, squeeze-and-excite, hard-swish), with 6 MB of weights as the
+chains have; and `large sub-networks` of the paper's own, whose 17 MB fill a processor's caches. No network of the test
+is used for the correction.
 """
 
 from __future__ import annotations
 
 import random
 import tempfile
+import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from scipy.stats import spearmanr
 from lut_db.networks import Network, NetworkBuilder
 from lut_db.operators import Convolution, GlobalPool, Linear, same_padding
 from lut_db.plans import IN_CONTEXT, WHOLE, Plan
+from lut_db.storage import Database, queries
 from search_client import networks
 from search_client.client import ProfilerClient
 from search_client.embedded import EmbeddedService
@@ -121,6 +124,14 @@ def latencies(client: ProfilerClient, asked: Sequence[Network], plan: Plan) -> N
     return np.array([row.latency_ms for row in rows])
 
 
+def enqueue_again(database: str, target: str, plan: Plan, networks: Sequence[Network]) -> None:
+    """Has networks measured again, in fresh sessions, as new revisions of their rows."""
+    with closing(Database(database)) as opened, opened.write() as session:
+        queries.lock_table(session, target, plan.key)
+        keys = [network.key for network in networks]
+        queries.enqueue(session, target, plan.key, keys, queries.clock(session), again=True)
+
+
 def run(
     backend: str, contexts: Sequence[str], family: str, size: int, tests: int, calibrations: int, folder: Path,
     tolerance: float,
@@ -147,7 +158,11 @@ def run(
             corrected = [estimate.latency_ms or 0.0 for estimate in estimates]
             figures[f"{case}: {context}, plain sum"] = compare(plain, measured)
             figures[f"{case}: {context}, corrected"] = compare(corrected, measured)
-        again = latencies(client, test, whole.model_copy(update={"seed": 1}))
+        enqueue_again(str(folder / "tables.sqlite"), service.target, whole, test)
+        while any(state.pending for state in client.targets()):
+            service.check()
+            time.sleep(1)
+        again = latencies(client, test, whole)
         figures[f"{case}: measured again"] = compare(list(again), measured)
     return figures
 

@@ -8,8 +8,8 @@ on: from maps to smaller ones, to tokens and to vectors, and from tokens to as m
 
 What an operator costs depends on what the caches hold of its weights and of its input, and so on everything that runs
 before it comes again. Every carrier therefore is as long as a plan says, with the weights of a network of that length
-(ballast), and takes operators from all sizes of maps in the proportion in which there are such. It is one line: a runtime
-may run branches that nothing reads last of all, when what they read has left the caches.
+(ballast), and takes operators from all sizes of maps in the proportion in which there are such. It is one line: a
+runtime may run branches that nothing reads last of all, when what they read has left the caches.
 """
 
 from __future__ import annotations
@@ -177,13 +177,12 @@ class _Packer:
             need[piece.kind] += max(0, self.need[piece.key])
         carriers = max(ceil(need.total() / self.timed), *self.need.values())
         spare = (self.timed - need.total() / carriers) / len(self.pieces)
-        return Counter(
-            {kind: floor(need[kind] / carriers + spare * count + self.rng.random()) for kind, count in self.kinds.items()}
-        )
+        shares = {kind: need[kind] / carriers + spare * count for kind, count in self.kinds.items()}
+        return Counter({kind: floor(share + self.rng.random()) for kind, share in shares.items()})
 
     def _start(self, pieces: Sequence[_Piece]) -> _Piece:
-        """The largest maps come first, as in a network: from there a walk can reach every smaller one. What reads an image
-        can stand nowhere else."""
+        """The largest maps come first, as in a network: from there a walk can reach every smaller one. What reads an
+        image can stand nowhere else."""
         level = max(piece.level for piece in pieces)
         largest = [piece for piece in pieces if piece.level == level]
         return self._choose([p for p in largest if _is_image(p.reads) and self.need[p.key] > 0] or largest)
