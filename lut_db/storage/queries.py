@@ -497,7 +497,8 @@ def oldest_networks(
         .order_by(m.Row.id)
         .limit(limit)
     )  # fmt: skip
-    return [(key, parameters, latency_ms) for key, parameters, latency_ms in session.execute(query)]
+    found = session.execute(query)
+    return [(key, parameters, latency_ms) for key, parameters, latency_ms in found if latency_ms is not None]
 
 
 # --- the queue ------------------------------------------------------------------------------------------------
