@@ -13,7 +13,8 @@ from sqlalchemy.orm import Session
 from lut_db.errors import Conflict, InvalidInput
 from lut_db.measurements import REFUSALS, Failure, Measurement
 from lut_db.networks import Network
-from lut_db.operators import OPERATOR
+from lut_db.operators import OPERATOR, Operator
+from lut_db.plans import Plan
 from lut_db.storage import models as m
 from lut_db.storage import queries
 from lut_db.wire import Lease, Report, ReportOutcome
@@ -91,36 +92,49 @@ def compose(session: Session, token: int, settings: Settings) -> Lease | None:
     definitions = queries.read_definitions(session, keys)
     wanted = [OPERATOR.validate_python(d) for kind, d in map(definitions.__getitem__, keys) if kind != m.NETWORK]
     networks = [Network.model_validate(d) for kind, d in map(definitions.__getitem__, keys) if kind == m.NETWORK]
-    count = scheduling.filler_count(plan, len(wanted))
-    fillers, known_ms = [], {}
-    if wanted and count:
-        measured = queries.measured_operators(
-            session, record.target, record.plan, leave_out=keys, limit=settings.known_operators
-        )
-        known = [(OPERATOR.validate_python(definition), latency_ms) for definition, latency_ms in measured]
-        for index in scheduling.choose_fillers(wanted, [operator for operator, _ in known], count, seed=token):
-            operator, latency_ms = known[index]
-            fillers.append(operator)
-            if record.reference is None:  # a device on trial is not to be brought to the table's speed
-                known_ms[operator.key] = latency_ms
-    known_networks = []
-    if networks:
-        oldest = queries.oldest_networks(
-            session, record.target, record.plan, leave_out=keys, limit=scheduling.OLDEST_NETWORKS
-        )
-        sizes = [network.parameters for network in networks]
-        chosen = scheduling.choose_known_networks(sizes, [size for _, size, _ in oldest])
-        known_ms |= {oldest[index][0]: oldest[index][2] for index in chosen}
-        definitions = queries.read_definitions(session, known_ms)
-        known_networks = [Network.model_validate(definitions[oldest[index][0]][1]) for index in chosen]
+    fillers = _fillers(session, record, plan, wanted, settings)
+    known: dict[Network, float] = {}
+    known_ms: dict[str, float] = {}
+    if record.reference is None:  # a device on trial is not to be brought to the table's speed
+        known = _known_networks(session, record, networks)
+        known_ms = {workload.key: latency_ms for workload, latency_ms in [*fillers.items(), *known.items()]}
     left = record.deadline - queries.clock(session)
     return Lease(
         token=token, device=record.device, target=queries.read_target(session, record.target), plan=plan,
-        operators=tuple(wanted), networks=tuple(networks), fillers=tuple(fillers),
-        known_networks=tuple(known_networks), known_ms=known_ms,
-        canary_ms=queries.read_canary(session, record.target),
+        operators=tuple(wanted), networks=tuple(networks), fillers=tuple(fillers), known_networks=tuple(known),
+        known_ms=known_ms, canary_ms=queries.read_canary(session, record.target),
         expires_in_s=max(left.total_seconds(), 0.0),
     )  # fmt: skip
+
+
+def _fillers(
+    session: Session, record: m.Lease, plan: Plan, wanted: Sequence[Operator], settings: Settings
+) -> dict[Operator, float]:
+    """Operators of the table that fill up a lease's carriers, with their latencies in ms."""
+    count = scheduling.filler_count(plan, len(wanted))
+    if not (wanted and count):
+        return {}
+    measured = queries.measured_operators(
+        session, record.target, record.plan, leave_out=[operator.key for operator in wanted],
+        limit=settings.known_operators,
+    )  # fmt: skip
+    known = [(OPERATOR.validate_python(definition), latency_ms) for definition, latency_ms in measured]
+    chosen = scheduling.choose_fillers(wanted, [operator for operator, _ in known], count, seed=record.id)
+    return dict(known[index] for index in chosen)
+
+
+def _known_networks(session: Session, record: m.Lease, networks: Sequence[Network]) -> dict[Network, float]:
+    """Whole networks of the table that tie a lease of others to it, with their latencies in ms."""
+    if not networks:
+        return {}
+    oldest = queries.oldest_networks(
+        session, record.target, record.plan, leave_out=[network.key for network in networks],
+        limit=scheduling.OLDEST_NETWORKS,
+    )  # fmt: skip
+    chosen = scheduling.choose_known_networks([n.parameters for n in networks], [size for _, size, _ in oldest])
+    known = {key: latency_ms for key, _, latency_ms in (oldest[index] for index in chosen)}
+    definitions = queries.read_definitions(session, known)
+    return {Network.model_validate(definitions[key][1]): latency_ms for key, latency_ms in known.items()}
 
 
 def extend(session: Session, token: int, settings: Settings) -> float:
