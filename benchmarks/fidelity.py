@@ -158,7 +158,7 @@ def run(
             corrected = [estimate.latency_ms or 0.0 for estimate in estimates]
             figures[f"{case}: {context}, plain sum"] = compare(plain, measured)
             figures[f"{case}: {context}, corrected"] = compare(corrected, measured)
-        enqueue_again(str(folder / "tables.sqlite"), service.target, whole, test)
+        enqueue_again(f"sqlite:///{folder}/tables.sqlite", service.target, whole, test)
         while any(state.pending for state in client.targets()):
             service.check()
             time.sleep(1)

@@ -120,10 +120,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     typical = float(np.median(list(drifts.values()))) if drifts else None
     if typical is not None:
         refusal = refusal or _drift("what the table knows", typical, lease.plan)
-        samples = {
-            key: [(_slower(found, drifts.get(key, 1.0)), graph) for found, graph in each]
-            for key, each in samples.items()
-        }
+        samples = {key: [(_slower(one, drifts[key]), graph) for one, graph in each] for key, each in samples.items()}
     energies: dict[str, float] = {}
     counted: Evidence = {"absent": "the latencies are refused"}
     if refusal is None:
