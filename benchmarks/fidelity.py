@@ -36,7 +36,8 @@ from search_client.embedded import EmbeddedService
 SIZES = (224, 112)
 TEST_NETWORKS = 40
 CALIBRATION_NETWORKS = 24
-QUICK = (112,), 10, 8
+QUICK = (112,), 3, 5
+QUICK_FAMILIES = 2
 PATIENCE_S = 600.0
 CONTEXTS = {"in_context": IN_CONTEXT, "isolated": Plan(context="isolated", carriers=1)}
 FORMATS = {
@@ -179,8 +180,9 @@ def main() -> None:
         ],
     )
     sizes, tests, calibrations = QUICK if options.quick else (SIZES, TEST_NETWORKS, CALIBRATION_NETWORKS)
+    families = list(FAMILIES)[: QUICK_FAMILIES if options.quick else None]
     figures: Figures = {}
-    for family in [options.family] if options.family else FAMILIES:
+    for family in [options.family] if options.family else families:
         for size in [options.size] if options.size else sizes:
             with tempfile.TemporaryDirectory(prefix="fidelity-") as folder:
                 found = run(
