@@ -2,7 +2,8 @@
 
 Random networks are asked for over HTTP from a service with an empty table and an agent of this machine: their
 operators are measured as they are missing, in context and isolated; a correction is fitted on other networks; then
-each network is measured whole, twice, in fresh sessions minutes apart, which shows how well the truth itself is known.
+each network is measured whole, twice, in fresh sessions minutes apart, which shows how well the truth itself is known
+(leases are tied to what their table knows, so a drift that all networks share is not in it).
 
 Families: `plain chains` of convolutions with ReLU; `sub-networks` of a MobileNetV3 super-network of half the paper's
 width (channel-level bypass, residuals of unequal width, squeeze-and-excite, hard-swish), with 6 MB of weights as the
@@ -160,8 +161,11 @@ def run(
             figures[f"{case}: {context}, plain sum"] = compare(plain, measured)
             figures[f"{case}: {context}, corrected"] = compare(corrected, measured)
         enqueue_again(f"sqlite:///{folder}/tables.sqlite", service.target, whole, test)
+        deadline = time.monotonic() + PATIENCE_S
         while any(state.pending for state in client.targets()):
             service.check()
+            if time.monotonic() > deadline:
+                raise SystemExit(f"networks were not measured again within {PATIENCE_S:.0f} s")
             time.sleep(1)
         again = latencies(client, test, whole)
         figures[f"{case}: measured again"] = compare(list(again), measured)

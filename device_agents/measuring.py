@@ -44,6 +44,9 @@ STRAY = 0.05
 CERTAIN = 0.02
 """Relative spread between carriers below which one known operator says no more than another."""
 
+USUAL_SPREAD = 0.05
+"""That of an operator which was seen in too few carriers to tell."""
+
 SIGNIFICANT_DIGITS = 5
 STOPS: tuple[Stop, ...] = ("confident", "settled", "max_runs", "max_seconds")
 """From the best reason to stop to the worst: a row carries the worst of its graphs."""
@@ -63,8 +66,8 @@ def measure(backend: Backend, lease: Lease, progress: Callable[[str], None] = la
     """Measures what a lease asks for. Whatever goes wrong with an operator is a failure in the report.
 
     Results are refused (causes `load`, `hot`, `drift`) where other processes were too busy or the device too hot,
-    or where the canary says that it was at another speed than the table's; there are none from a device that is gone
-    (cause `unreachable`).
+    or where the canary, or what the table knows, says that it was at another speed than the table's; there are none
+    from a device that is gone (cause `unreachable`).
     """
     if lease.plan.context == "in_context" and isinstance(backend, Unprofiled):
         return failed(lease, "unsupported", backend.unprofiled)
@@ -93,6 +96,8 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     graphs = _load(backend, lease, failures, progress)
     # Profiled carriers have a twin without a profiler, which shows what profiling itself costs.
     profiled = [graph for graph in graphs if graph.places]
+    long = max((len(graph.network.nodes) for graph in profiled), default=0) / 2
+    profiled = [graph for graph in profiled if len(graph.network.nodes) >= long]
     twins = sorted(profiled, key=lambda graph: _elements_per_node(graph.network))[:TWINS]
     plain = [backend.load(graph.network, profile=False) for graph in twins]
     progress(f"timing {len(graphs)} graphs")
@@ -390,7 +395,8 @@ def _ratios(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> dict
     for key, known_ms in lease.known_ms.items():
         if key in samples:
             values = np.array([_value(one) for one, _ in samples[key]])
-            found[key] = (statistic(values, "interquartile_mean") / known_ms, float(values.std() / values.mean()))
+            spread = float(values.std(ddof=1) / values.mean()) if len(values) > 2 else USUAL_SPREAD
+            found[key] = (statistic(values, "interquartile_mean") / known_ms, spread)
     return found
 
 

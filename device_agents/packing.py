@@ -4,12 +4,13 @@ Alone in a graph an operator pays for things that a network pays once (layout co
 isolated latencies do not add up. A carrier is a random walk over operators whose shapes fit, which looks like
 a network because the operators of a search do fit each other. Where nothing fits, an *adapter* (a convolution
 1 x 1 or a linear layer with ReLU, through few channels where it would have many weights; its time is thrown away) leads
-on: from maps to smaller ones, to tokens and to vectors, and from tokens to as many others.
+on: from maps to smaller or larger ones, to tokens and to vectors, and from tokens to as many others.
 
 What an operator costs depends on what the caches hold of its weights and of its input, and so on everything that runs
 before it comes again. Every carrier therefore is as long as a plan says, with the weights of a network of that length
-(ballast), and takes operators from all sizes of maps in the proportion in which there are such. It is one line: a
-runtime may run branches that nothing reads last of all, when what they read has left the caches.
+(ballast), and takes operators from all sizes of maps in the proportion in which there are such. It is one line wherever
+an adapter can lead back: a runtime may run branches that nothing reads last of all, when what they read has left the
+caches.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ can be in another layout."""
 ROOM_PARAMETERS = 1 << 28
 ROOM_ACTIVATIONS = 1 << 30
 """Weights and elements in all beyond which a carrier takes nothing more (1 and 4 GiB of float32): operators that may
-each be there must not make a graph together that no device holds. The first, and its adapters, are always taken."""
+each be there must not make a graph together that no device holds. The first, its adapters, and
+the ballast are always taken."""
 
 MIN_BALLAST = 64
 """Features of a ballast's layers below which its weights do not matter."""
@@ -175,7 +177,8 @@ class _Packer:
         need: Counter[_Kind] = Counter()
         for piece in self.pieces:
             need[piece.kind] += max(0, self.need[piece.key])
-        carriers = max(ceil(need.total() / self.timed), *self.need.values())
+        images = sum(max(0, self.need[piece.key]) for piece in self.pieces if _is_image(piece.reads))
+        carriers = max(ceil(need.total() / self.timed), images, *self.need.values())
         spare = (self.timed - need.total() / carriers) / len(self.pieces)
         shares = {kind: need[kind] / carriers + spare * count for kind, count in self.kinds.items()}
         return Counter({kind: floor(share + self.rng.random()) for kind, share in shares.items()})
@@ -218,7 +221,7 @@ class _Packer:
             if not piece.stays:
                 leaving = [p for p in takes if p.level == piece.level and not p.stays and self.need[p.key] > 0]
                 found = self._read(walk, current, leaving)
-                if found is None:
+                if found is None:  # from vectors, and to some odd sizes, nothing leads back
                     found = self._read(walk, fork, leaving)
                     if found is not None:
                         walk.end(current)
@@ -319,7 +322,8 @@ def _scale(here: Shape, there: Shape) -> int | None:
     for scale in range(least, least + 1 if least == 1 else MAX_STRIDE + 1):
         grown = (*here[:2], scale * here[2], scale * here[3])
         strides = _strides(grown, there)
-        too_large = scale > 1 and grown[2] * grown[3] > MAX_GROWTH * there[2] * there[3]
+        area = grown[2] * grown[3]
+        too_large = scale > 1 and (area > MAX_GROWTH * there[2] * there[3] or area * here[0] > MAX_ELEMENTS)
         if too_large or max(strides) > MAX_STRIDE:
             continue
         if all(_strided(size, stride) == out for size, stride, out in zip(grown[2:], strides, there[2:], strict=True)):
@@ -446,7 +450,8 @@ class _Walk:
             tensor = self._to_sequences(tensor, shape)
             here = self.shape(tensor)
         if len(shape) == 4 and (scale := _scale(here, shape) or 1) > 1:
-            tensor = self._add(_pointwise(here, BOTTLENECK, (1, 1), "relu"), tensor)
+            few = min(BOTTLENECK, MAX_ELEMENTS // (here[0] * scale * scale * here[2] * here[3]))
+            tensor = self._add(_pointwise(here, few, (1, 1), "relu"), tensor)
             tensor = self._add(Upsample(input=self.shape(tensor), scale=scale), tensor)
             here = self.shape(tensor)
         strides = _strides(here, shape) if len(shape) == 4 else (1, 1)

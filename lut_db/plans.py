@@ -37,7 +37,7 @@ class Plan(Record):
 
     Refusal: a lease is refused when other processes used more than `load_tolerance` of one core while it was
     measured, or when the canary was slower than its reference by a factor of more than `1 + drift_tolerance`, or as
-    much faster: so far off, the canary no longer speaks for other graphs.
+    much faster: so far off, the canary no longer speaks for other graphs. The same goes for what the table knows.
     """
 
     context: Context = "in_context"

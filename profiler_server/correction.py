@@ -193,7 +193,8 @@ def _choose_and_fit(networks: Networks) -> Coefficients:
     scaled = [Model(offset=offset, ridge=ridge) for ridge in ridges for offset in (False, True)]
     knees = sorted({int(knee) for knee in np.quantile(networks.parameters, KNEES)})
     best, error = _best(networks, scaled)
-    spilling, spilling_error = _best(networks, [replace(best, knee=knee) for knee in knees])
+    spilling = min((replace(best, knee=knee) for knee in knees), key=lambda model: _cross_validated(networks, model))
+    spilling_error = _cross_validated(networks, spilling)
     if spilling_error < error * SPILL_GAIN:
         best, _ = _best(networks, [replace(model, knee=spilling.knee) for model in scaled])
     return _fit(networks, best)
@@ -205,10 +206,13 @@ def _best(networks: Networks, candidates: Sequence[Model]) -> tuple[Model, float
     error = _cross_validated(networks, best)
     for model in candidates[1:]:
         found = _cross_validated(networks, model)
-        loose = model.ridge is not None and model.ridge < RIDGES[0]
-        if found < error * (LOOSE_GAIN if loose else GAIN):
+        if found < error * (LOOSE_GAIN if _is_loose(model) and not _is_loose(best) else GAIN):
             best, error = model, found
     return best, error
+
+
+def _is_loose(model: Model) -> bool:
+    return model.ridge is not None and model.ridge < RIDGES[0]
 
 
 def _cross_validated(networks: Networks, model: Model) -> float:

@@ -83,7 +83,7 @@ def claimant(device: str, target: str, now: datetime, settings: Settings) -> que
 
 
 def compose(session: Session, token: int, settings: Settings) -> Lease | None:
-    """A lease as it goes over the wire, with its fillers; None where it was lost in the meantime."""
+    """A lease as it goes over the wire, with what is known beside it; None where it was lost in the meantime."""
     record = session.get(m.Lease, token)
     if record is None or record.state != "active":
         return None
@@ -96,7 +96,7 @@ def compose(session: Session, token: int, settings: Settings) -> Lease | None:
     known: dict[Network, float] = {}
     known_ms: dict[str, float] = {}
     if record.reference is None:  # a device on trial is not to be brought to the table's speed
-        known = _known_networks(session, record, networks)
+        known = _known_networks(session, record, networks, settings)
         known_ms = {workload.key: latency_ms for workload, latency_ms in [*fillers.items(), *known.items()]}
     left = record.deadline - queries.clock(session)
     return Lease(
@@ -123,13 +123,15 @@ def _fillers(
     return dict(known[index] for index in chosen)
 
 
-def _known_networks(session: Session, record: m.Lease, networks: Sequence[Network]) -> dict[Network, float]:
+def _known_networks(
+    session: Session, record: m.Lease, networks: Sequence[Network], settings: Settings
+) -> dict[Network, float]:
     """Whole networks of the table that tie a lease of others to it, with their latencies in ms."""
     if not networks:
         return {}
     oldest = queries.oldest_networks(
         session, record.target, record.plan, leave_out=[network.key for network in networks],
-        limit=scheduling.OLDEST_NETWORKS,
+        limit=settings.known_operators,
     )  # fmt: skip
     chosen = scheduling.choose_known_networks([n.parameters for n in networks], [size for _, size, _ in oldest])
     known = {key: latency_ms for key, _, latency_ms in (oldest[index] for index in chosen)}

@@ -6,6 +6,7 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log
 
 from lut_db.measurements import REFUSALS, Failure
 from lut_db.operators import Operator, Shape
@@ -20,7 +21,10 @@ KNOWN_NETWORKS = (3, 6)
 """The fewest and the most known networks that tie a lease of whole networks to its table."""
 
 OLDEST_NETWORKS = 32
-"""Networks of a table that leases are tied to: always the first, so that errors do not pass from lease to lease."""
+"""Networks that leases are tied to: of those alike the first in a table, so that errors hardly pass between leases."""
+
+ALIKE = 2.0
+"""Factor in parameters up to which networks may speak for each other."""
 
 MAX_ATTEMPTS = 3
 """Tries of a measurement before its failure becomes a row."""
@@ -71,16 +75,22 @@ def filler_count(plan: Plan, wanted: int) -> int:
 
 
 def choose_known_networks(wanted: Sequence[int], known: Sequence[int]) -> list[int]:
-    """Indices into `known`, networks with about as many parameters as the wanted ones, from the smallest to the
-    largest: how far a busy memory slows a network down depends on its weights."""
+    """Indices into `known`, oldest first, of networks with about as many parameters as the wanted ones, from the
+    smallest to the largest: how far a busy memory slows a network down depends on its weights."""
+
+    def apart(one: int, other: int) -> float:
+        return abs(log((one + 1) / (other + 1)))
+
     ordered = sorted(wanted)
+    near = [i for i, size in enumerate(known) if min(apart(size, other) for other in ordered) <= log(ALIKE)]
+    near = near[:OLDEST_NETWORKS]
     fewest, most = KNOWN_NETWORKS
-    count = min(max(fewest, len(wanted)), most, len(known))
+    count = min(max(fewest, len(wanted)), most, len(near))
     chosen: list[int] = []
     for number in range(count):
         like = ordered[round(number * (len(ordered) - 1) / max(1, count - 1))]
-        left = (index for index in range(len(known)) if index not in chosen)
-        chosen.append(min(left, key=lambda index: (abs(known[index] - like), index)))
+        left = (index for index in near if index not in chosen)
+        chosen.append(min(left, key=lambda index: (apart(known[index], like), index)))
     return chosen
 
 

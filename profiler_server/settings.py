@@ -37,5 +37,5 @@ class Settings(BaseSettings):
     )
     poll_s: Seconds = Field(default=0.5, description="how often a waiting request looks for what other servers did")
     tend_s: Seconds = Field(default=2.0, description="how often expired leases are looked for")
-    known_operators: int = Field(default=2000, ge=0, description="known operators that fillers are chosen from")
+    known_operators: int = Field(default=2000, ge=0, description="known operators or networks that leases choose from")
     max_body_bytes: int = Field(default=64 << 20, ge=1 << 10)

@@ -15,7 +15,7 @@ from phones import phone as running_phone
 
 from device_agents import backends
 from device_agents.backends import LoadFailed, Options, Unprofiled, Unsupported
-from device_agents.measuring import MIN_KNOWN, MIN_KNOWN_NETWORKS, measure
+from device_agents.measuring import MIN_KNOWN, MIN_KNOWN_NETWORKS, STRAY, measure
 from lut_db.canary import canary
 from lut_db.errors import InvalidInput
 from lut_db.networks import Network
@@ -208,7 +208,7 @@ def test_known_networks_tie_whole_networks_to_their_table(backend: backends.Back
     assert isinstance(drift, float)
     assert isinstance(slowness, float)
     assert 1 < drift < 10, "the table says half of what they take"
-    assert all(found.slowness == pytest.approx(slowness * drift, rel=0.01) for found in measurement.samples)
+    assert all(found.slowness == pytest.approx(slowness * drift, rel=0.01 + 2 * STRAY) for found in measurement.samples)
     few = dict(list(half_ms.items())[: MIN_KNOWN_NETWORKS - 1])
     assert "known_drift" not in measure(backend, asked.model_copy(update={"known_ms": few})).evidence
 
