@@ -114,10 +114,9 @@ class Storm:
     def inject(self, kind: str, tool: str, number: int) -> bool:
         """Makes something go wrong with a phone, and returns when it has; False where all was measured before."""
         if kind in AGAINST_OPERATORS:
-            # Three such blows to one operator would be its failure: here it is only bad luck.
-            self._wait(
-                tool, lambda: not any(job.attempts and job.workload not in self.hopeless for job in self.queue())
-            )
+            # Three such blows to one operator would be its failure: here it is only bad luck. Where it is not, the last
+            # try must show what is wrong with it.
+            self._wait(tool, lambda: not any(job.attempts for job in self.queue()))
         if not self.queue(tool):
             return False
         phone = self.phones[tool][number]
