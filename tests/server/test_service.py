@@ -569,26 +569,25 @@ def test_devices_of_one_target_share_its_queue_once_they_agree(lab_on_both: Lab)
     assert {operator.key for operator in lab.must_lease("second").operators}.isdisjoint(table), "tested once"
 
 
-def test_a_device_on_trial_is_not_brought_to_the_speed_of_the_table(lab_on_both: Lab) -> None:
-    lab = lab_on_both
+def trial_of(lab: Lab, name: str, known: int) -> Lease:
+    """The first lease of a device that comes to a table of so many operators while another one waits."""
     pin = lab.pin()
-    lab.lookup(pin.id, convs(20))
+    lab.lookup(pin.id, convs(known))
     lab.measure()
-    lab.register("second")
-    lab.lookup(pin.id, convs(1, start=30))
-    test = lab.must_lease("second")
+    lab.register(name)
+    lab.lookup(pin.id, convs(1, start=known))
+    return lab.must_lease(name)
+
+
+def test_a_device_on_trial_is_not_brought_to_the_speed_of_the_table(lab_on_both: Lab) -> None:
+    test = trial_of(lab_on_both, "second", 20)
     assert (len(test.operators), len(test.fillers)) == (16, 4)
     assert test.known_ms == {}
 
 
 def test_a_device_that_disagrees_is_kept_out_with_the_figures(lab_on_both: Lab) -> None:
     lab = lab_on_both
-    pin = lab.pin()
-    lab.lookup(pin.id, convs(4))
-    lab.measure()
-    lab.register("odd")
-    lab.lookup(pin.id, convs(1, start=10))
-    test = lab.must_lease("odd")
+    test = trial_of(lab, "odd", 4)
     lab.report(test.token, *(measured(operator.key, 1.3) for operator in test.operators))
     odd = lab.device("odd")
     assert odd.state == "quarantined"
