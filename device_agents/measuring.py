@@ -39,10 +39,13 @@ ALIKE = 0.35
 """Difference in the logarithm of the parameters up to which two networks suffer about alike from a busy memory."""
 
 STRAY = 0.05
-"""How far a known network's drift may be from that of the others and still count in full."""
+"""How far the drift of one that is known may be from that of the others and still count in full."""
 
 CERTAIN = 0.02
 """Relative spread between carriers below which one known operator says no more than another."""
+
+TICK_MS = 1e-3
+"""What profilers count in."""
 
 USUAL_SPREAD = 0.05
 """That of an operator which was seen in too few carriers to tell."""
@@ -401,21 +404,37 @@ def _ratios(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> dict
 
 
 def _filler_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> dict[str, float]:
-    """How far this lease is from its table, for every operator; empty where too few are known.
+    """How far this lease is from its table, the same for every operator; empty where too few are known.
 
-    The median over the known operators, by latency and by how well their carriers agree, so that ticks, a profiler's
-    work on small operators and neighbours do not speak for all. A canary shows how fast a device computes. How busy its
-    memory is with other things it shows less well than operators like those that are measured.
+    A canary shows how fast a device computes. How busy its memory is with other things it shows less well than
+    operators like those that are measured.
     """
     known = _ratios(samples, lease)
     if len(known) < MIN_KNOWN:
         return {}
-    ratios = np.array([ratio for ratio, _ in known.values()])
-    weights = np.array([lease.known_ms[key] / (CERTAIN + spread) for key, (_, spread) in known.items()])
-    order = np.argsort(ratios)
-    reached = np.cumsum(weights[order])
-    drift = float(ratios[order][np.searchsorted(reached, reached[-1] / 2)])
-    return dict.fromkeys(samples, drift)
+    known_ms = np.array([lease.known_ms[key] for key in known])
+    ratios, spreads = np.array(list(known.values())).T
+    return dict.fromkeys(samples, believed_drift(ratios, spreads, known_ms))
+
+
+def believed_drift(
+    ratios: NDArray[np.float64], spreads: NDArray[np.float64], known_ms: NDArray[np.float64]
+) -> float:  # fmt: skip
+    """The drift that known operators show, from what each takes now over what the table says.
+
+    The mean of the logarithms, each by how well its carriers agree and by how many of a profiler's ticks it takes (what
+    takes few reads the same at any speed), drawn towards none as far as the mean itself is uncertain (James and Stein,
+    1961): then the canary is the better guess.
+    """
+    logs = np.log(ratios)
+    weights = 1 / ((CERTAIN + spreads) ** 2 + (TICK_MS / known_ms) ** 2)
+    weights /= weights.sum()
+    order = np.argsort(logs)
+    middle = logs[order][np.searchsorted(np.cumsum(weights[order]), 0.5)]
+    logs = np.clip(logs, middle - STRAY, middle + STRAY)
+    drift = float(weights @ logs)
+    variance = float(weights @ (logs - drift) ** 2 * (weights @ weights))
+    return float(np.exp(drift * max(0.0, 1 - variance / drift**2))) if drift else 1.0
 
 
 def _network_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> dict[str, float]:

@@ -17,7 +17,7 @@ MAX_NETWORKS = 16
 
 MIN_FILLERS = 24
 
-KNOWN_NETWORKS = (3, 6)
+KNOWN_NETWORKS = (6, 12)
 """The fewest and the most known networks that tie a lease of whole networks to its table."""
 
 OLDEST_NETWORKS = 32

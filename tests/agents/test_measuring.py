@@ -15,7 +15,7 @@ from phones import phone as running_phone
 
 from device_agents import backends
 from device_agents.backends import LoadFailed, Options, Unprofiled, Unsupported
-from device_agents.measuring import MIN_KNOWN, MIN_KNOWN_NETWORKS, STRAY, measure
+from device_agents.measuring import MIN_KNOWN, MIN_KNOWN_NETWORKS, STRAY, believed_drift, measure
 from lut_db.canary import canary
 from lut_db.errors import InvalidInput
 from lut_db.networks import Network
@@ -191,6 +191,23 @@ def test_known_operators_tie_a_lease_to_its_table(backend: backends.Backend) -> 
     assert "known_drift" not in measure(backend, asked.model_copy(update={"known_ms": few})).evidence
     other = measure(backend, asked.model_copy(update={"known_ms": dict.fromkeys(half_ms, 1e-6)}))
     assert [m.failure.cause for m in other.measurements if m.failure] == ["drift"]
+
+
+def test_a_drift_is_believed_as_far_as_it_is_certain() -> None:
+    def drift(*known: tuple[float, float, float]) -> float:
+        """Of ratio, spread, and microseconds of each."""
+        ratios, spreads, known_us = np.array(known).T
+        return believed_drift(ratios, spreads, known_us / 1e3)
+
+    slower = [(1.08, 0.01, 20.0), (1.09, 0.02, 30.0), (1.07, 0.01, 50.0), (1.08, 0.02, 15.0)]
+    assert drift(*slower) == pytest.approx(1.08, abs=0.005)
+    ticks = [(0.9, 0.0, 0.6)] * 20
+    assert drift(*slower, *ticks) == pytest.approx(1.08, abs=0.01), "one tick reads the same at any speed"
+    assert drift(*slower, (3.0, 0.01, 20.0)) == pytest.approx(1.08, abs=0.02), "one that strays does not lead"
+    scattered = [(0.96, 0.05, 20.0), (1.06, 0.05, 20.0), (0.98, 0.05, 30.0), (1.03, 0.05, 10.0)]
+    assert drift(*scattered) == 1, "the canary is the better guess"
+    assert drift((1.0, 0.0, 20.0)) == 1
+    assert drift((2.0, 0.0, 20.0)) == pytest.approx(2)
 
 
 @IN_FP32
