@@ -133,6 +133,10 @@ async def _run(
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
+    for number in (signal.SIGHUP, signal.SIGQUIT):
+        # What is ignored here, as under nohup, commands would ignore too; what is handled they do not inherit.
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     server = Server(phone, sandbox, authorize=authorize, version=version, reboot_s=reboot_s)
     control = ControlServer(server) if control_port is not None else None
     try:

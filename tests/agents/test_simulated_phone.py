@@ -596,6 +596,19 @@ def test_a_command_ends_with_its_client(adb: Adb, pixel: Callable, any_phone: Ru
     wait_until(gone, "the command is gone")
 
 
+def test_a_phone_started_with_nohup_ends_commands_all_the_same(adb: Adb) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with phone() as one:
+            adb.connect(one)
+            one.process.send_signal(signal.SIGHUP)
+            ignored = adb("-s", one.serial, "shell", "grep SigIgn /proc/self/status").stdout.split()[1]
+            assert not int(ignored, 16) & 1 << signal.SIGHUP - 1
+            adb("disconnect", one.serial)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_a_reboot_takes_a_while(adb: Adb, signer: PythonRSASigner) -> None:
     with phone("--reboot-seconds", "0.3") as one:
         adb.connect(one)
