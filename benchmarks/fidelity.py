@@ -3,8 +3,8 @@
 Random networks are asked for over HTTP from a service with an empty table and an agent of this machine: their
 operators are measured as they are missing, in context and isolated, and a correction is fitted on other networks.
 Before and after that each network is measured whole, in fresh processes. Estimates are compared with the mean of the
-two; how far these differ shows how well the truth itself is known (leases are tied to what their table knows, so a
-drift that all networks share is not in it).
+two; how far these differ shows how well the truth itself is known (leases are tied to what their table knows, those of
+the correction's networks too, so a drift that all networks share is not in it).
 
 Families: `plain chains` of convolutions with ReLU; `sub-networks` of a MobileNetV3 super-network of half the paper's
 width (channel-level bypass, residuals of unequal width, squeeze-and-excite, hard-swish), with 6 MB of weights as the

@@ -31,6 +31,9 @@ TWINS = 6
 ENERGY_SESSIONS = 3
 """Sessions of one graph whose energy is counted: it hardly depends on where a runtime placed its memory."""
 
+KNOWN_SESSIONS = 2
+"""Sessions of each known network; there are many of them."""
+
 MIN_KNOWN = 8
 MIN_KNOWN_NETWORKS = 3
 """Known operators and networks in a lease below which they do not say how far it is from its table."""
@@ -46,6 +49,9 @@ CERTAIN = 0.02
 
 TICK_MS = 1e-3
 """What profilers count in."""
+
+MIN_VOICES = 3
+"""How many equally certain operators must speak for a drift."""
 
 USUAL_SPREAD = 0.05
 """That of an operator which was seen in too few carriers to tell."""
@@ -189,7 +195,7 @@ def _load(
         wanted = [(carrier.network, carrier.places) for carrier in carriers]
     else:
         networks = lease.networks or tuple(Network.of(operator) for operator in lease.operators)
-        sessions = 1 if backend.starts else plan.carriers
+        sessions = min(1 if backend.starts else KNOWN_SESSIONS, plan.carriers)
         wanted = [(network, {}) for network in networks for _ in range(plan.carriers)]
         wanted += [(network, {}) for network in lease.known_networks for _ in range(sessions)]
     owners = {Network.of(operator).key: operator.key for operator in lease.operators}
@@ -422,24 +428,30 @@ def believed_drift(
 ) -> float:  # fmt: skip
     """The drift that known operators show, from what each takes now over what the table says.
 
-    The mean of the logarithms, each by how well its carriers agree and by how many of a profiler's ticks it takes (what
-    takes few reads the same at any speed), drawn towards none as far as the mean itself is uncertain (James and Stein,
-    1961): then the canary is the better guess.
+    The mean of the logarithms, those far from the middle drawn in: each by how well its carriers agree and by how many
+    of a profiler's ticks it takes (what takes few reads the same at any speed). It is drawn towards none, in the manner
+    of James and Stein (1961), as far as it is uncertain: then the canary is the better guess. None where one operator
+    would speak for all.
     """
     logs = np.log(ratios)
     weights = 1 / ((CERTAIN + spreads) ** 2 + (TICK_MS / known_ms) ** 2)
     weights /= weights.sum()
+    if weights @ weights > 1 / MIN_VOICES:
+        return 1.0
     order = np.argsort(logs)
     middle = logs[order][np.searchsorted(np.cumsum(weights[order]), 0.5)]
+    # The variance of a mean of what was drawn in: Tukey and McLaughlin (1963).
+    near = float(weights[np.abs(logs - middle) <= STRAY].sum())
     logs = np.clip(logs, middle - STRAY, middle + STRAY)
     drift = float(weights @ logs)
-    variance = float(weights @ (logs - drift) ** 2 * (weights @ weights))
+    share = float(weights @ weights)
+    variance = float(weights @ (logs - drift) ** 2) * share / (1 - share) / near**2
     return float(np.exp(drift * max(0.0, 1 - variance / drift**2))) if drift else 1.0
 
 
 def _network_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> dict[str, float]:
-    """The same for whole networks, each by the known networks with about as many weights: those that fit a device's
-    caches hardly feel who else uses its memory."""
+    """How far this lease is from its table, for each whole network: by the known networks with about as many weights,
+    since those that fit a device's caches hardly feel who else uses its memory. It is believed in full."""
     known = _ratios(samples, lease)
     if len(known) < MIN_KNOWN_NETWORKS:
         return {}
