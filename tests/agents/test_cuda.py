@@ -42,8 +42,9 @@ SETUPS = {
 
 
 def some_inputs(network: Network, seed: int = 1) -> list[np.ndarray]:
+    """Values that halves hold exactly: a layer norm of two that are almost equal makes much of how they are rounded."""
     random = np.random.default_rng(seed)
-    return [random.standard_normal(shape, dtype=np.float32) for shape in network.inputs]
+    return [random.standard_normal(shape).astype(np.float16).astype(np.float32) for shape in network.inputs]
 
 
 def expected(network: Network, weights: list[dict[str, np.ndarray]], inputs: list[np.ndarray]) -> np.ndarray:
