@@ -436,7 +436,8 @@ def believed_drift(
     logs = np.log(ratios)
     weights = 1 / ((CERTAIN + spreads) ** 2 + (TICK_MS / known_ms) ** 2)
     weights /= weights.sum()
-    if weights @ weights > 1 / MIN_VOICES:
+    share = float(weights @ weights)
+    if share > 1 / MIN_VOICES:
         return 1.0
     order = np.argsort(logs)
     middle = logs[order][np.searchsorted(np.cumsum(weights[order]), 0.5)]
@@ -444,7 +445,6 @@ def believed_drift(
     near = float(weights[np.abs(logs - middle) <= STRAY].sum())
     logs = np.clip(logs, middle - STRAY, middle + STRAY)
     drift = float(weights @ logs)
-    share = float(weights @ weights)
     variance = float(weights @ (logs - drift) ** 2) * share / (1 - share) / near**2
     return float(np.exp(drift * max(0.0, 1 - variance / drift**2))) if drift else 1.0
 

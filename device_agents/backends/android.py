@@ -139,6 +139,11 @@ class _Setup:
             authorise_s=_number(given, "authorise_s", adb.AUTHORISE_S),
         )  # fmt: skip
 
+    @property
+    def scratch(self) -> str:
+        """The folder on the phone in which a tool runs, empty at each start."""
+        return f"{self.folder}/scratch"
+
     def phone(self, device: str) -> adb.Phone:
         return adb.Phone(adb.Address.parse(device), self.keys, self.folder, self.authorise_s)
 
@@ -486,7 +491,7 @@ class Android:
         pinned = f"taskset {mask:x} " if mask else ""
         folder = path.rpartition("/")[0]
         result = self.phone.run(
-            f"work={self.setup.folder}/work; mark={mark}; rm -rf $work; mkdir -p $work && cd $work || exit 1; "
+            f"scratch={self.setup.scratch}; mark={mark}; rm -rf $scratch; mkdir -p $scratch && cd $scratch || exit 1; "
             f"echo $mark said; LD_LIBRARY_PATH={folder}:$LD_LIBRARY_PATH {pinned}{path} {shlex.join(arguments)}; "
             f"code=$?; {then}; cd /; exit $code",
             limit_s,
@@ -787,7 +792,7 @@ class _PerfTest:
 
     def _owners(self, path: str, network: Network, limit_s: float) -> ort_profile.Owners:
         """From the graph as the runtime on the phone optimised it, which it writes into a file."""
-        optimized = f"{self.setup.folder}/work/optimized.onnx"
+        optimized = f"{self.setup.scratch}/optimized.onnx"
         self.backend.run_tool([*self._arguments(1), "-u", "optimized.onnx", path, "results.csv"], limit_s)
         return ort_profile.owners_in_graph(onnx.load_from_string(self.backend.phone.get(optimized)).graph, network)
 

@@ -234,7 +234,7 @@ class Storm:
                 left = processes_on(phone)
                 assert left == [], left
                 folder = phone.root / adb.FOLDER[1:]
-                assert {path.name for path in folder.iterdir()} <= {"models", "tools", "run", "work"}
+                assert {path.name for path in folder.iterdir()} <= {"models", "tools", "run", "scratch"}
                 files = list((folder / "models").iterdir())
                 assert files
                 for path in files:
