@@ -88,7 +88,7 @@ def through_the_system(
             figures[f"{backend}: {name}"] = {
                 "operators": len(wanted),
                 "operators_per_minute": 60 * builds * len(wanted) / seconds,
-                "share_in_kernels": sum(x["seconds_in_kernels"] for x in leases) / sum(x["seconds"] for x in leases),
+                "share_in_kernels": sum(x["seconds_in_kernels"] for x in leases) / seconds,
                 "cv": spread(rows),
             }
     figures[f"{backend}: canary"] = {"cv": float(np.std(speeds, ddof=1) / np.mean(speeds))}

@@ -32,7 +32,15 @@ from adb_shell.auth.sign_pythonrsa import PythonRSASigner
 from adb_shell.transport.base_transport import BaseTransport
 
 from device_agents.backends import Unreachable
-from lut_db.errors import InvalidInput, LatencyLabError
+from lut_db.errors import InvalidInput
+
+try:
+    import usb1
+except (ImportError, OSError):  # without the system's libusb there are phones on the network
+    _USB_ERRORS: tuple[type[Exception], ...] = ()
+    _USB_TIMEOUTS: tuple[type[Exception], ...] = ()
+else:
+    _USB_ERRORS, _USB_TIMEOUTS = (usb1.USBError,), (usb1.USBErrorTimeout,)
 
 FOLDER = "/data/local/tmp/latency-lab"
 """On the phone: a place where the shell may write and run programs."""
@@ -67,11 +75,15 @@ _GONE = (
     exceptions.AdbCommandFailureException, exceptions.InvalidChecksumError, exceptions.InvalidCommandError,
     exceptions.InvalidResponseError, exceptions.InvalidTransportError, exceptions.TcpTimeoutException,
     exceptions.UsbDeviceNotFoundError, exceptions.UsbReadFailedError, exceptions.UsbWriteFailedError,
+    *_USB_ERRORS,
+    KeyError,  # adb-shell on an answer that the protocol of files does not have
 )  # fmt: skip
+_SILENT = (TimeoutError, exceptions.TcpTimeoutException, exceptions.AdbTimeoutError, *_USB_TIMEOUTS)
 
 
-class TimedOut(LatencyLabError):
-    """A command ran on the phone for longer than it may, and was killed."""
+class TimedOut(Unreachable):
+    """A command ran on the phone for longer than it may, and was killed: a tool that hangs, or else a phone whose
+    system does."""
 
 
 class NoSpace(Unreachable):
@@ -386,7 +398,7 @@ class Phone:
                     raise exceptions.AdbTimeoutError("it did not come to an end")
         except _GONE as error:
             self._drop()
-            silent = isinstance(error, (TimeoutError, exceptions.TcpTimeoutException, exceptions.AdbTimeoutError))
+            silent = isinstance(getattr(error, "usb_error", error), _SILENT)
             if not silent and not self._proven and guarded and word not in self._connect():
                 return self._run(command, timeout_s)  # it was lost while it was idle: nothing has begun
             if not silent or not guarded:

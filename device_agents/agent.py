@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -155,9 +156,11 @@ class Agent:
         if report is None:
             log.warning("lease %d was lost: its results are thrown away", lease.token)
             return
-        response = self._request(
-            http, "POST", f"/leases/{lease.token}/results", content=report.model_dump_json(), allow=(404,)
-        )
+        results = partial(self._request, http, "POST", f"/leases/{lease.token}/results")
+        response = results(allow=(404, 413, 422), content=report.model_dump_json())
+        if response.status_code in (413, 422):  # the next lease would be refused too, and nobody would know why
+            report = failed(lease, "error", f"the service does not take the report: {_explain(response)}")
+            response = results(allow=(404,), content=report.model_dump_json())
         if response.status_code == 404:
             log.warning("lease %d is not known to the service any more", lease.token)
             return

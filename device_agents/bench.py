@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from device_agents.backends import Backend
-from device_agents.measuring import load_canaries
+from device_agents.measuring import STOPS, load_canaries
 from device_agents.sampling import half_width, sample, statistic
 from lut_db.errors import MeasurementRefused
 from lut_db.measurements import Evidence, Stop
@@ -48,21 +48,32 @@ class Bench(BaseModel):
         )
 
 
-def bench_file(backend: Backend, model: Path, runs: int, sessions: int) -> Bench:
-    """Measures a file under the plan of whole networks. Raises Unsupported, Unreachable and MeasurementRefused."""
+def bench_file(
+    backend: Backend, model: Path, runs: int, sessions: int, load_tolerance: float = WHOLE.load_tolerance
+) -> Bench:  # fmt: skip
+    """Measures a file under the plan of whole networks. Raises Unsupported, LoadFailed, Unreachable
+    and MeasurementRefused."""
     backend.ready()
-    plan = WHOLE.model_copy(update={"min_runs": min(WHOLE.min_runs, runs), "max_runs": runs, "carriers": sessions})
+    plan = WHOLE.model_copy(
+        update={
+            "min_runs": min(WHOLE.min_runs, runs), "max_runs": runs, "carriers": sessions,
+            "load_tolerance": load_tolerance,
+        }
+    )  # fmt: skip
     canaries = load_canaries(backend)
     loaded = [backend.load(model, profile=False) for _ in range(sessions)]
     watch = backend.watch()
     sampled = sample(
         [session.time for session in loaded],
-        [session.time for session in canaries],
+        canaries,
         plan,
         plan.seed,
         starts=backend.starts,
     )
     timed = sampled.graphs
+    for record in timed:
+        if record.failure is not None:
+            raise record.failure
     facts, refusal = watch.read(plan)
     if refusal is not None:
         raise MeasurementRefused(refusal.message, field=refusal.cause)
@@ -74,6 +85,6 @@ def bench_file(backend: Backend, model: Path, runs: int, sessions: int) -> Bench
         half_width_ms=float(np.median([half_width(record.times_ms, plan.statistic) for record in timed])),
         p5_ms=float(low), p95_ms=float(high), runs=sum(record.done for record in timed), sessions=sessions,
         between_sessions=float(np.abs(values / latency_ms - 1).max()),
-        stop=timed[0].stop or "max_runs",
+        stop=max((record.stop or "max_runs" for record in timed), key=STOPS.index),
         canary_ms=sampled.canary_ms(plan.statistic), evidence=facts,
     )  # fmt: skip

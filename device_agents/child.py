@@ -47,16 +47,30 @@ def _end_with_the_agent() -> None:
     os._exit(3)
 
 
+def _pin(cores: tuple[int, ...]) -> str | None:
+    """Pins this process to cores. Why that cannot be, where it cannot: they can be taken away while an agent runs."""
+    if not cores:
+        return None
+    try:
+        os.sched_setaffinity(0, cores)
+    except OSError as error:
+        return f"it cannot be pinned to the cores {cores}: {error}"
+    left = os.sched_getaffinity(0)
+    return None if left == set(cores) else f"of the cores {cores} this process may only use {sorted(left)}"
+
+
 def main(folder: Path) -> None:
     threading.Thread(target=_end_with_the_agent, daemon=True).start()
     job = Job.model_validate_json((folder / "job.json").read_bytes())
     _limit()
-    if job.options.cores:
-        os.sched_setaffinity(0, job.options.cores)
+    lack = _pin(job.options.cores)
     # The runtime is imported only now: its threads inherit the cores.
-    from device_agents.measuring import measure
+    from device_agents.measuring import failed, measure
 
-    report = measure(create(job.backend, job.options), job.lease, lambda text: print(text, flush=True))
+    if lack:
+        report = failed(job.lease, "unreachable", lack)
+    else:
+        report = measure(create(job.backend, job.options), job.lease, lambda text: print(text, flush=True))
     partial = folder / "report.partial"
     partial.write_text(report.model_dump_json())
     partial.replace(folder / "report.json")

@@ -21,6 +21,7 @@ from device_agents.backends import Options
 from device_agents.bench import bench_file
 from device_agents.simulated_phone.cli import command as simulated_phone
 from lut_db.errors import InvalidInput, LatencyLabError
+from lut_db.plans import WHOLE
 
 app = typer.Typer(
     help="Measures operators and networks on a device, for a profiling service.", no_args_is_help=True,
@@ -38,10 +39,17 @@ def _cores(text: str | None, threads: int) -> tuple[int, ...]:
         return evidence.default_cores(threads)
     if text == "any":
         return ()
-    try:
-        return tuple(sorted({int(core) for core in text.split(",")}))
-    except ValueError as error:
-        raise InvalidInput(f"{text!r} is no list of cores", field="cores", remedy="like 2,3, or any") from error
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::(\d+))?)?\s*", part)
+        first, last, step = (int(number or 0) for number in match.groups()) if match else (0, 0, 0)
+        if match is None or (match[2] and last < first) or (match[3] and not step):
+            raise InvalidInput(
+                f"{text!r} is no list of cores", field="cores", remedy="like 2,3 or 4-7 or 0-6:2, or any"
+            )
+        found.update(range(first, max(first, last) + 1, step or 1))
+    evidence.check_cores(found, threads)
+    return tuple(sorted(found))
 
 
 def _settings(pairs: list[str]) -> dict[str, str]:
@@ -96,7 +104,10 @@ def _serve(backend: str, server: str, name: str | None, options: Options, max_op
 
 
 Threads = Annotated[int, typer.Option(min=1, help="threads of the runtime")]
-Cores = Annotated[str | None, typer.Option(help="cores to pin them to, like 2,3, or any; the last ones by default")]
+Cores = Annotated[
+    str | None,
+    typer.Option(help="cores to pin them to, like 2,3 or 4-7, as taskset takes them, or any; the last ones by default"),
+]
 Setting = Annotated[list[str] | None, typer.Option(help="NAME=VALUE, a setting of the backend")]
 
 
@@ -105,7 +116,8 @@ def doctor(backend: str, threads: Threads = 1, cores: Cores = None, setting: Set
     """Checks everything that a backend needs and says what to do about each lack."""
     with _explained():
         lacking = False
-        for check in backends.module(backend).doctor(_options(threads, cores, setting or [])):
+        options = _options(threads, cores, setting or [])
+        for check in (*backends.check_settings(backend, options), *backends.module(backend).doctor(options)):
             typer.echo(f"{'ok  ' if check.ok else 'LACK'}  {check.name}: {check.found}")
             if not check.ok:
                 lacking = True
@@ -123,6 +135,9 @@ def bench(
     setting: Setting = None,
     runs: Annotated[int, typer.Option(min=1, help="timed runs at most in each session")] = 100,
     sessions: Annotated[int, typer.Option(min=1, help="fresh sessions")] = 3,
+    load_tolerance: Annotated[
+        float, typer.Option(min=0.0, help="cores that other processes may use meanwhile")
+    ] = WHOLE.load_tolerance,
     json_output: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
 ) -> None:
     """Measures a model file on a device, without any service."""
@@ -134,7 +149,7 @@ def bench(
             os.execve(sys.executable, sys.orig_argv, os.environ | environment)  # some are read only at the start
         if options.cores:
             os.sched_setaffinity(0, options.cores)
-        result = bench_file(measuring, model, runs, sessions)
+        result = bench_file(measuring, model, runs, sessions, load_tolerance)
     typer.echo(result.model_dump_json(indent=2) if json_output else str(result))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -90,6 +90,20 @@ def default_cores(threads: int) -> tuple[int, ...]:
         return ()
     allowed = sorted(os.sched_getaffinity(0))
     return tuple(allowed[-threads:]) if len(allowed) > threads else ()
+
+
+def check_cores(cores: Collection[int], threads: int) -> None:
+    """Raises InvalidInput where this process may not use all of these cores, or where there are fewer than threads."""
+    if not hasattr(os, "sched_getaffinity"):
+        raise InvalidInput("this system pins no process to cores", field="cores", remedy="cores=any")
+    allowed = os.sched_getaffinity(0)
+    if missing := sorted(set(cores) - allowed):
+        had = ",".join(map(str, sorted(allowed)))
+        raise InvalidInput(
+            f"this process may not use core {missing[0]}", field="cores", remedy=f"some of {had}, or any"
+        )
+    if len(cores) < threads:
+        raise InvalidInput(f"{threads} threads on {len(cores)} cores", field="cores", remedy="one for each thread")
 
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")

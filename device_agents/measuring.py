@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod, sqrt
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from device_agents import energy
 from device_agents.backends import Backend, Loaded, LoadFailed, NodeTimes, Unprofiled, Unreachable, Unsupported
 from device_agents.packing import pack
-from device_agents.sampling import Z95, Timed, chosen, half_width, sample, statistic
+from device_agents.sampling import Z95, Timed, Times, chosen, half_width, sample, statistic
 from lut_db.canary import canary
 from lut_db.measurements import Cause, Evidence, Failure, Measurement, Samples, Stop
 from lut_db.networks import Network
@@ -30,6 +31,9 @@ MESSAGE_LENGTH = 4000
 TWINS = 6
 ENERGY_SESSIONS = 3
 """Sessions of one graph whose energy is counted: it hardly depends on where a runtime placed its memory."""
+
+ENERGY_TRIES = 3
+"""How often the bursts are run where the device was not quiet: an operator without energy would stay without it."""
 
 KNOWN_SESSIONS = 2
 """Sessions of each known network; there are many of them."""
@@ -56,6 +60,9 @@ MIN_VOICES = 3
 USUAL_SPREAD = 0.05
 """That of an operator which was seen in too few carriers to tell."""
 
+UNSTEADY = 1 / 3
+"""Share of the drift tolerance by which a device may change its speed while it is measured."""
+
 SIGNIFICANT_DIGITS = 5
 STOPS: tuple[Stop, ...] = ("confident", "settled", "max_runs", "max_seconds")
 """From the best reason to stop to the worst: a row carries the worst of its graphs."""
@@ -81,6 +88,9 @@ def measure(backend: Backend, lease: Lease, progress: Callable[[str], None] = la
     if lease.plan.context == "in_context" and isinstance(backend, Unprofiled):
         return failed(lease, "unsupported", backend.unprofiled)
     try:
+        now = backend.target()
+        if now != lease.target:  # since it was registered another tool was put there, or the clocks were set free
+            raise Unreachable(f"it is now target {now.key}, the lease is for {lease.target.key}")
         return _measure(backend, lease, progress)
     except Unreachable as error:
         return failed(lease, "unreachable", str(error))
@@ -97,39 +107,37 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     keys = [record.key for record in (*lease.operators, *lease.networks)]
     failures: dict[str, Failure] = {}
     began = time.perf_counter()
-    try:
-        canaries = load_canaries(backend)
-    except (Unsupported, LoadFailed) as error:
-        # A device on which not even the canary runs says nothing of any operator.
-        raise Unreachable(f"the canary does not run on it: {error}") from error
-    graphs = _load(backend, lease, failures, progress)
-    # Profiled carriers have a twin without a profiler, which shows what profiling itself costs.
-    profiled = [graph for graph in graphs if graph.places]
-    long = max((len(graph.network.nodes) for graph in profiled), default=0) / 2
-    profiled = [graph for graph in profiled if len(graph.network.nodes) >= long]
-    twins = sorted(profiled, key=lambda graph: _elements_per_node(graph.network))[:TWINS]
-    plain = [backend.load(graph.network, profile=False) for graph in twins]
-    progress(f"timing {len(graphs)} graphs")
+    canaries = load_canaries(backend)
+    loaded = _load(backend, lease, failures, progress)
+    twins = _load_twins(backend, loaded)
+    progress(f"timing {len(loaded)} graphs")
     watch = backend.watch()
     sampled = sample(
-        [*(graph.loaded.time for graph in graphs), *(loaded.time for loaded in plain)],
-        [session.time for session in canaries], lease.plan, lease.token,
-        starts=backend.starts,
+        [*(graph.loaded.time for graph in loaded), *(twin.time for _, twin in twins)], canaries, lease.plan,
+        lease.token, starts=backend.starts,
     )  # fmt: skip
     seen, refusal = watch.read(lease.plan)
 
-    timed = sampled.graphs[: len(graphs)]
+    graphs, timed = [], []
+    for graph, record in zip(loaded, sampled.graphs[: len(loaded)], strict=True):
+        if record.failure is None:
+            graphs.append(graph)
+            timed.append(record)
+        else:
+            failures |= _graph_failures(graph.network, graph.places, graph.key, lease, record.failure)
     now_ms = sampled.canary_ms(lease.plan.statistic)
     canary_ms = lease.canary_ms or now_ms
     slowness = now_ms / canary_ms
     profiles = _profiles(graphs, failures)
     profiler_ms = _profiler_cost(
         [(profiles[id(graph)], timed[graphs.index(graph)], twin)
-         for graph, twin in zip(twins, sampled.graphs[len(graphs) :], strict=True) if id(graph) in profiles],
+         for (graph, _), twin in zip(twins, sampled.graphs[len(loaded) :], strict=True)
+         if id(graph) in profiles and twin.failure is None],
         lease.plan,
     )  # fmt: skip
     samples = _samples(graphs, timed, profiles, slowness, profiler_ms, failures, lease.plan)
-    refusal = refusal or _drift("the canary", slowness, lease.plan)
+    over_time = sampled.canary_over_time(lease.plan.statistic)
+    refusal = refusal or _drift("the canary", slowness, lease.plan) or _unsteady(over_time, lease.plan)
     drifts = _network_drifts(samples, lease) if lease.networks else _filler_drifts(samples, lease)
     typical = float(np.median(list(drifts.values()))) if drifts else None
     if typical is not None:
@@ -139,7 +147,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     counted: Evidence = {"absent": "the latencies are refused"}
     if refusal is None:
         progress("counting energy")
-        spare = {id(graph): twin for graph, twin in zip(twins, plain, strict=True)}
+        spare = {id(graph): twin for graph, twin in twins}
         asked = [pair for pair in zip(graphs, timed, strict=True) if pair[0].places or pair[0].key in keys]
         energies, counted = _energies(backend, asked, profiles, spare, profiler_ms, lease.plan)
     stops: dict[str, Stop] = {graph.key: record.stop or "max_runs" for graph, record in zip(graphs, timed, strict=True)}
@@ -162,9 +170,10 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         "canary_reference_ms": round(canary_ms, 6),
         "slowness": round(slowness, 4),
         "slowness_5_95": [round(float(q) / canary_ms, 4) for q in np.percentile(all_canaries, (5, 95))],
+        "slowness_over_time": [round(part_ms / canary_ms, 4) for part_ms in over_time],
         "profiler_cost_us": round(profiler_ms * 1e3, 4),
         "energy": counted,
-        "graphs": len(graphs),
+        "graphs": len(loaded),
         "seconds": round(time.perf_counter() - began, 3),
         "seconds_in_kernels": round(sum(sum(record.times_ms) for record in timed) / 1e3, 3),
     }
@@ -175,12 +184,32 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     )
 
 
-def load_canaries(backend: Backend) -> list[Loaded]:
-    """Sessions of the canary, warmed up: as many as a backend can keep, one where every start is dear."""
-    sessions = [backend.load(canary(), profile=False) for _ in range(1 if backend.starts else CANARY_SESSIONS)]
-    for session in sessions:
-        session.time(CANARY_WARMUP_RUNS)
-    return sessions
+def load_canaries(backend: Backend) -> list[Times]:
+    """Sessions of the canary, warmed up: as many as a backend can keep, one where every start is dear.
+
+    A device on which not even the canary runs, now or later, says nothing of any operator: Unreachable.
+    """
+
+    def load() -> Times:
+        with _no_canary():
+            session = backend.load(canary(), profile=False)
+
+        def run(runs: int) -> Sequence[float]:
+            with _no_canary():
+                return session.time(runs)
+
+        run(CANARY_WARMUP_RUNS)
+        return run
+
+    return [load() for _ in range(1 if backend.starts else CANARY_SESSIONS)]
+
+
+@contextmanager
+def _no_canary() -> Iterator[None]:
+    try:
+        yield
+    except (Unsupported, LoadFailed) as error:
+        raise Unreachable(f"the canary does not run on it: {error}") from error
 
 
 def _load(
@@ -199,7 +228,6 @@ def _load(
         wanted = [(network, {}) for network in networks for _ in range(plan.carriers)]
         wanted += [(network, {}) for network in lease.known_networks for _ in range(sessions)]
     owners = {Network.of(operator).key: operator.key for operator in lease.operators}
-    asked = set(owners.values())
     graphs = []
     for number, (network, places) in enumerate(wanted):
         progress(f"loading graph {number + 1}")
@@ -207,14 +235,35 @@ def _load(
         try:
             graphs.append(_Graph(network, backend.load(network, profile=bool(places)), places, key))
         except (Unsupported, LoadFailed) as error:
-            # In a carrier any wanted operator may be at fault: each is tried again alone before it is given up. Fillers
-            # have run before.
-            alone = len(asked & {operator.key for operator in network.operators}) <= 1
-            cause = error.cause if isinstance(error, LoadFailed) else "unsupported" if alone else "error"
-            failure = Failure(cause=cause, message=str(error)[:MESSAGE_LENGTH])
-            failures.update(dict.fromkeys(places.values() if places else [key], failure))
+            failures |= _graph_failures(network, places, key, lease, error)
     gc.collect()
     return graphs
+
+
+def _graph_failures(
+    network: Network, places: dict[int, str], key: str, lease: Lease, error: Unsupported | LoadFailed
+) -> dict[str, Failure]:
+    """What a graph that does not run means for those that it was to time, by key."""
+    # In a carrier any wanted operator may be at fault: each is tried again alone before it is given up. Fillers have
+    # run before.
+    asked = {operator.key for operator in lease.operators}
+    alone = len(asked & {operator.key for operator in network.operators}) <= 1
+    cause: Cause = error.cause if isinstance(error, LoadFailed) else "unsupported" if alone else "error"
+    failure = Failure(cause=cause, message=str(error)[:MESSAGE_LENGTH])
+    return dict.fromkeys(places.values() if places else [key], failure)
+
+
+def _load_twins(backend: Backend, graphs: Sequence[_Graph]) -> list[tuple[_Graph, Loaded]]:
+    """Some profiled carriers, those that have the least to do at each node, loaded once more without a profiler, which
+    shows what profiling itself costs."""
+    profiled = [graph for graph in graphs if graph.places]
+    long = max((len(graph.network.nodes) for graph in profiled), default=0) / 2
+    profiled = [graph for graph in profiled if len(graph.network.nodes) >= long]
+    twins = []
+    for graph in sorted(profiled, key=lambda graph: _elements_per_node(graph.network))[:TWINS]:
+        with suppress(Unsupported, LoadFailed):  # the carrier itself tells what is wrong with it
+            twins.append((graph, backend.load(graph.network, profile=False)))
+    return twins
 
 
 def _profiles(graphs: Sequence[_Graph], failures: dict[str, Failure]) -> dict[int, NodeTimes]:
@@ -340,21 +389,17 @@ def _energies(
             wanted.append((graph, record))
     if not wanted:
         return {}, {"absent": "no graph could be measured"}
-    bursts = []
-    for graph, record in wanted:
-        loaded = graph.loaded
-        if graph.places:  # what a profiler does costs energy too
-            loaded = spare.get(id(graph)) or backend.load(graph.network, profile=False)
-            loaded.time(CANARY_WARMUP_RUNS)
-        bursts.append(energy.Burst(loaded.time, float(np.median(record.times_ms))))
-    watch = backend.watch()
     try:
-        counted = energy.joules_per_run(backend.counter(), bursts, starts=backend.starts)
-    except energy.Absent as absent:
+        bursts = []
+        for graph, record in wanted:
+            loaded = graph.loaded
+            if graph.places:  # what a profiler does costs energy too
+                loaded = spare.get(id(graph)) or backend.load(graph.network, profile=False)
+                loaded.time(CANARY_WARMUP_RUNS)
+            bursts.append(energy.Burst(loaded.time, float(np.median(record.times_ms))))
+        counted = _count(backend, backend.counter(), bursts, plan)
+    except (energy.Absent, Unsupported, LoadFailed) as absent:
         return {}, {"absent": str(absent)}
-    _, disturbed = watch.read(plan)
-    if disturbed is not None:
-        return {}, {"absent": disturbed.message}
     found: dict[str, list[float]] = defaultdict(list)
     for (graph, record), joules in zip(wanted, counted.joules, strict=True):
         if not graph.places:
@@ -368,6 +413,23 @@ def _energies(
     # The middle of all, those below zero too: leaving them out first would make the rest too large.
     middles = {key: float(np.median(values)) for key, values in found.items()}
     return {key: joules for key, joules in middles.items() if joules > 0}, counted.evidence
+
+
+def _count(backend: Backend, counter: energy.Counter, bursts: Sequence[energy.Burst], plan: Plan) -> energy.Energies:
+    """The joules of bursts, run again where the device was not quiet. Raises Absent where it never is."""
+    lack = energy.Absent()
+    for _ in range(ENERGY_TRIES):
+        watch = backend.watch()
+        try:
+            counted = energy.joules_per_run(counter, bursts, starts=backend.starts)
+        except energy.Absent as absent:
+            lack = absent
+            continue
+        _, disturbed = watch.read(plan)
+        if disturbed is None:
+            return counted
+        lack = energy.Absent(disturbed.message)
+    raise lack
 
 
 def _measurement(
@@ -394,6 +456,19 @@ def _drift(what: str, slowness: float, plan: Plan) -> Failure | None:
     message = (
         f"{what} took {slowness:.2f} times the reference, beyond the plan's drift_tolerance of "
         f"{plan.drift_tolerance}: the device is not at the speed of its table"
+    )
+    return Failure(cause="drift", message=message)
+
+
+def _unsteady(canary_ms: Sequence[float], plan: Plan) -> Failure | None:
+    """Why a lease during which the device changed its speed is refused: graphs that were run before and after have
+    their fastest runs from different times."""
+    change = max(canary_ms) / min(canary_ms)
+    if change <= 1 + UNSTEADY * plan.drift_tolerance:
+        return None
+    message = (
+        f"the canary's time changed by a factor of {change:.2f} within the lease, beyond a third of the plan's "
+        f"drift_tolerance of {plan.drift_tolerance}: the device did not keep its speed"
     )
     return Failure(cause="drift", message=message)
 

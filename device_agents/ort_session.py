@@ -129,12 +129,23 @@ def _placed_elsewhere(
 
 
 def made_up(session: onnxruntime.InferenceSession) -> dict[str, NDArray]:
-    """Random inputs, by name. Sizes that a file leaves open are one."""
+    """Inputs by name: random numbers, zeros where they are integers, which may be indices. A file may leave the batch
+    open, which is then one; raises Unsupported where it leaves more open, or has inputs of other types."""
     random = np.random.default_rng(INPUT_SEED)
     inputs: dict[str, NDArray] = {}
     for tensor in session.get_inputs():
-        shape = [size if isinstance(size, int) and size > 0 else 1 for size in tensor.shape]
-        inputs[tensor.name] = random.standard_normal(shape).astype(DTYPES[tensor.type])
+        dtype = DTYPES.get(tensor.type)
+        if dtype is None:
+            raise Unsupported(f"nothing can be made up for input {tensor.name!r}, a {tensor.type}")
+        open_sizes = [number for number, size in enumerate(tensor.shape) if not isinstance(size, int) or size < 1]
+        if open_sizes not in ([], [0]):
+            raise Unsupported(
+                f"the file leaves sizes of input {tensor.name!r} open, {tensor.shape}: fix them, as with "
+                "python -m onnxruntime.tools.make_dynamic_shape_fixed"
+            )
+        shape = [1 if number in open_sizes else size for number, size in enumerate(tensor.shape)]
+        floats = np.issubdtype(dtype, np.floating)
+        inputs[tensor.name] = (random.standard_normal(shape) if floats else np.zeros(shape)).astype(dtype)
     return inputs
 
 

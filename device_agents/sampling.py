@@ -6,12 +6,14 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil, floor, sqrt
 from statistics import fmean
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from device_agents.backends import LoadFailed, Unsupported
 from lut_db.measurements import Stop
 from lut_db.plans import Plan, Statistic
 
@@ -24,6 +26,10 @@ CANARY_WAKE_RUNS = 6
 CANARY_RUNS = 4
 LOOK_S = 0.02
 """Where graphs are small, the canary is not looked at more often than this."""
+PARTS = 4
+LOOKS_OF_A_PART = 5
+"""Into how many parts the time of a lease is cut, each with so many looks at the canary at least, to see whether the
+device kept its speed."""
 SETTLED_VISITS = 3
 SETTLED_GAIN = 0.02
 """Relative narrowing of the interval over that many visits below which more runs are no use."""
@@ -80,8 +86,12 @@ class Timed:
     count: int = 0
     done: int = 0
     seconds: float = 0.0
+    run_ms: float = 0.0
+    """What a run took of late; 0 where it has not been run."""
     stop: Stop | None = None
     widths: list[float] = field(default_factory=list)
+    failure: Unsupported | LoadFailed | None = None
+    """Why it could not be timed to the end."""
 
 
 @dataclass
@@ -90,6 +100,17 @@ class Sampled:
 
     graphs: list[Timed]
     canaries_ms: list[list[float]]
+    looks_ms: list[list[float]]
+    """The canary's latencies once more, look by look in the order of time, of whichever session it was."""
+
+    def canary_over_time(self, name: Statistic) -> list[float]:
+        """The canary's latency in successive parts of the time, each of so many looks that it is one of many runs."""
+        parts = max(1, min(PARTS, len(self.looks_ms) // LOOKS_OF_A_PART))
+        return [
+            statistic([ms for look_ms in part for ms in look_ms], name)
+            for part in (self.looks_ms[len(self.looks_ms) * n // parts : len(self.looks_ms) * (n + 1) // parts]
+                         for n in range(parts))
+        ]  # fmt: skip
 
     def canary_ms(self, name: Statistic) -> float:
         """The canary's latency: the mean over its sessions of their statistic."""
@@ -115,7 +136,7 @@ def decide(timed: Timed, plan: Plan) -> Stop | None:
 
 
 Times = Callable[[int], Sequence[float]]
-"""Runs something so many times and returns latencies in ms: one for each run, or fewer where only means are told."""
+"""Runs something so many times and returns latencies in ms, as `Loaded.time` does."""
 
 
 def sample(
@@ -127,10 +148,13 @@ def sample(
     network and take turns: where a runtime happened to place one in memory matters less. Graphs and canaries are timed
     with warm caches, so that neither depends on what else is in the lease. `starts` says that each visit starts a tool
     afresh, which warms up by itself and is dear: the canary then is run as often as a graph.
+
+    A graph that fails is timed no more, and the others go on.
     """
     rng = random.Random(seed)
     timed = [Timed() for _ in graphs]
     canaries_ms: list[list[float]] = [[] for _ in canaries]
+    looks_ms: list[list[float]] = []
     looked = -LOOK_S
 
     def look(*, often: bool = True) -> None:
@@ -140,32 +164,51 @@ def sample(
         number = rng.randrange(len(canaries))
         if not starts:
             canaries[number](CANARY_WAKE_RUNS)
-        canaries_ms[number].extend(canaries[number](plan.round_runs if starts else CANARY_RUNS))
+        looks_ms.append(list(canaries[number](plan.round_runs if starts else CANARY_RUNS)))
+        canaries_ms[number].extend(looks_ms[-1])
         looked = time.perf_counter()
 
-    for graph, record in zip(graphs, timed, strict=True):
-        if plan.warmup_runs:
-            record.count = len(graph(plan.warmup_runs))
-    open_graphs = list(range(len(graphs)))
-    while open_graphs:
+    def run(number: int, visit: Callable[[Times, Timed], None]) -> None:
+        try:
+            visit(graphs[number], timed[number])
+        except (Unsupported, LoadFailed) as error:
+            timed[number].failure = error
+
+    def still_open() -> list[int]:
+        return [number for number, record in enumerate(timed) if record.stop is None and record.failure is None]
+
+    if plan.warmup_runs:
+        for number in range(len(graphs)):
+            run(number, partial(_warm_up, plan))
+    while open_graphs := still_open():
         rng.shuffle(open_graphs)
         for number in open_graphs:
             look(often=starts)
-            _visit(graphs[number], plan, timed[number], wake_runs=0 if starts else WAKE_RUNS)
-        open_graphs = [number for number in open_graphs if timed[number].stop is None]
+            run(number, partial(_visit, plan, 0 if starts else WAKE_RUNS))
     look()
-    return Sampled(timed, canaries_ms)
+    return Sampled(timed, canaries_ms, looks_ms)
 
 
-def _visit(graph: Times, plan: Plan, timed: Timed, *, wake_runs: int) -> None:
+def _warm_up(plan: Plan, graph: Times, timed: Timed) -> None:
+    times_ms = graph(plan.warmup_runs)
+    timed.count = len(times_ms)
+    timed.run_ms = fmean(times_ms)
+
+
+def _visit(plan: Plan, wake_runs: int, graph: Times, timed: Timed) -> None:
     begin = time.perf_counter()
+    # What takes seconds a run does not take more than its time in one visit.
+    left_ms = 1e3 * (plan.max_seconds - timed.seconds)
+    share = min(1.0, left_ms / (timed.run_ms * (wake_runs + plan.round_runs))) if timed.run_ms else 1.0
+    runs, wake_runs = max(1, int(plan.round_runs * share)), int(wake_runs * share)
     if wake_runs:
         timed.count += len(graph(wake_runs))
-    times_ms = graph(plan.round_runs)
+    times_ms = graph(runs)
     timed.times_ms.extend(times_ms)
     timed.positions.extend(range(timed.count, timed.count + len(times_ms)))
     timed.count += len(times_ms)
-    timed.done += plan.round_runs
+    timed.done += runs
+    timed.run_ms = fmean(times_ms)
     timed.seconds += time.perf_counter() - begin
     timed.widths.append(half_width(timed.times_ms, plan.statistic) / statistic(timed.times_ms, plan.statistic))
     timed.stop = decide(timed, plan)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cached_property
 from math import prod
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lut_db.operators import MAX_DIMENSION, MAX_ELEMENTS, Operator, Record, Shape, canonical_key
 
@@ -80,6 +80,18 @@ class Network(Record):
                 readers[tensor].append(number)
         return readers
 
+    @field_validator("inputs")
+    @classmethod
+    def _check_inputs(cls, inputs: tuple[Shape, ...]) -> tuple[Shape, ...]:
+        # First of all: with the product of what is no shape one could keep a processor busy for hours.
+        for shape in inputs:
+            if len(shape) not in (2, 3, 4) or min(shape) < 1 or max(shape) > MAX_DIMENSION:
+                told = str(shape) if len(shape) <= 8 and max(map(abs, shape), default=0) < 1 << 64 else "what is given"
+                raise ValueError(f"{told} is no shape; it must be (N, C, H, W), (N, T, F) or (N, F)")
+            if prod(shape) > MAX_ELEMENTS:
+                raise ValueError(f"one of shape {shape} has more than {MAX_ELEMENTS} elements")
+        return inputs
+
     @model_validator(mode="after")
     def _check_sizes(self) -> Network:
         """Tensors that may each be there can be too much together: refused before anything is allocated."""
@@ -93,11 +105,6 @@ class Network(Record):
     @model_validator(mode="after")
     def _check_wiring(self) -> Network:
         shapes: list[Shape] = [tuple(shape) for shape in self.inputs]
-        for shape in shapes:
-            if len(shape) not in (2, 3, 4) or min(shape) < 1 or max(shape) > MAX_DIMENSION:
-                raise ValueError(f"inputs: {shape} is no shape; it must be (N, C, H, W), (N, T, F) or (N, F)")
-            if prod(shape) > MAX_ELEMENTS:
-                raise ValueError(f"inputs: one of shape {shape} has more than {MAX_ELEMENTS} elements")
         for number, node in enumerate(self.nodes):
             expected = node.operator.inputs
             if len(node.inputs) != len(expected):

@@ -38,7 +38,8 @@ class Unsupported(Exception):
 
 
 class LoadFailed(LatencyLabError):
-    """This graph could not be made to run this time: its runtime crashed on it, or it did not fit. Others may run."""
+    """This graph could not be made to run, or to go on running, this time: its runtime crashed on it or hung, or it did
+    not fit. Others may run."""
 
     def __init__(self, cause: Cause, message: str) -> None:
         super().__init__(message)
@@ -76,7 +77,7 @@ class Loaded(Protocol):
 
     def time(self, runs: int) -> Sequence[float]:
         """Runs it that often. Latencies in ms, as told by whatever is nearest to the runtime: one for each run, or
-        fewer where a tool tells only means."""
+        fewer where a tool tells only means. Raises Unsupported, LoadFailed and Unreachable, as loading it does."""
 
     def node_times(self) -> NodeTimes:
         """The profile of all runs so far; ends profiling. Only for networks loaded with `profile=True`."""
@@ -172,6 +173,17 @@ def create(name: str, options: Options) -> Backend:
         known = ", ".join(found.SETTINGS) or "none"
         raise InvalidInput(f"{name} has no setting {unknown[0]!r}", field="settings", remedy=f"it has: {known}")
     return found.create(options)
+
+
+def check_settings(name: str, options: Options) -> Iterator[Check]:
+    """Whether an agent would take these settings."""
+    try:
+        for of_device in devices(name, options):
+            create(name, of_device)
+    except InvalidInput as error:
+        yield Check("settings", False, error.message, error.remedy or "see the settings of the backend")
+    else:
+        yield Check("settings", True, ", ".join(f"{key}={value}" for key, value in options.settings.items()) or "none")
 
 
 def devices(name: str, options: Options) -> list[Options]:

@@ -28,9 +28,10 @@ from typing import Protocol
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from device_agents import adb, benchmark_tools, ort_profile, xnnpack
+from device_agents import adb, benchmark_tools, energy, ort_profile, xnnpack
 from device_agents.backends import Backend, Check, Loaded, LoadFailed, NodeTimes, Options, Unreachable, Unsupported
 from device_agents.benchmark_tools import NotDelegated, Row, ToolFailed
 from device_agents.settings import choice
@@ -202,7 +203,7 @@ class _State:
 
     properties: dict[str, str]
     tool: str
-    """Size and time of the tool; empty where there is none that may be run."""
+    """Size and time of the tool, and of a library beside it; empty where there is no tool that may be run."""
     cores: dict[int, _Core]
     temperatures_c: dict[str, float]
     """At the battery and the skin, or, where neither is known, at the hottest zone."""
@@ -230,7 +231,7 @@ def _look(phone: adb.Phone, tool_path: str, *, fix_clocks: bool) -> _State:
     fixed = "cmd power set-fixed-performance-mode-enabled true >/dev/null 2>&1; echo $?" if fix_clocks else "echo 1"
     said = phone.run(
         f"echo {mark} properties; getprop; "
-        f"echo {mark} tool; [ -x {tool_path} ] && stat -c '%s %Y' {tool_path}; "
+        f"echo {mark} tool; [ -x {tool_path} ] && stat -c '%s %Y' {tool_path} $(ls {_library(tool_path)} 2>/dev/null); "
         f"echo {mark} fixed; {fixed}; "
         # One process for all files: there can be a hundred zones.
         f"echo {mark} cores; grep -H . {' '.join(f'{CORES}/{name}' for name in CORE_FILES)} 2>/dev/null; "
@@ -243,6 +244,11 @@ def _look(phone: adb.Phone, tool_path: str, *, fix_clocks: bool) -> _State:
     if "end" not in parts:
         raise Unreachable(f"{phone.address}: the phone did not describe itself: {said.output[-500:]}")
     return replace(_read_state(parts), free_bytes=phone.free_bytes())
+
+
+def _library(tool_path: str) -> str:
+    """Where ONNX Runtime's library is, unless it is built into the tool."""
+    return f"{tool_path.rpartition('/')[0]}/libonnxruntime.so"
 
 
 def _sections(text: str, mark: str) -> dict[str, str]:
@@ -364,7 +370,7 @@ class Android:
         self.tool: _Tool = (_BenchmarkModel if setup.tool == "benchmark_model" else _PerfTest)(setup, self)
         self._target: Target | None = None
         self._tool_seen = ("", "")
-        """Size and time of the tool, and its hash."""
+        """What `_State.tool` says, and the hash of those files."""
         self._pushed: str | None = None
         self._was_hot = False
         self.restarts = 0
@@ -384,6 +390,9 @@ class Android:
         with self.phone.hold():
             state = self.look(fix_clocks=self.setup.fixed_performance)
             where = self.phone.address
+            if not state.tool and self._pushed is not None:  # somebody has cleared the folder
+                self._pushed = None
+                state = self.look()
             if not state.tool:
                 raise Unreachable(f"{where}: there is no program {self.tool_path()}", remedy=_whence(self.setup.tool))
             if self.setup.fixed_performance and not state.fixed_performance:
@@ -431,7 +440,7 @@ class Android:
         """The tool's hash, with that of ONNX Runtime's library where that lies beside it."""
         if self._tool_seen[0] != seen:
             path = self.tool_path()
-            library = f"{path.rpartition('/')[0]}/libonnxruntime.so"
+            library = _library(path)
             files = f"{path} $([ -f {library} ] && echo {library})" if self.setup.tool != "benchmark_model" else path
             hashes = re.findall(r"^([0-9a-f]{64}) ", self.phone.check(f"sha256sum {files}"), re.MULTILINE)
             if not hashes:
@@ -442,6 +451,9 @@ class Android:
 
     def watch(self) -> _Watch:
         return _Watch(self)
+
+    def counter(self) -> energy.Counter:
+        return energy.Rails(lambda command: self.phone.run(command).output)
 
     def load(self, model: Network | Path, *, profile: bool) -> Loaded:
         """Brings the model to the phone and runs it once: what that shows, it shows before anything is timed."""
@@ -457,26 +469,32 @@ class Android:
         try:
             path = self.phone.put(content, self.tool.suffix)
             first = self.start(path, 1, profiled, self.setup.timeout_s)
-        except (NotDelegated, _Refused) as error:
-            raise Unsupported(str(error)) from error
-        except ToolFailed as error:
-            raise LoadFailed("crashed", str(error)) from error
-        except adb.TimedOut as error:
-            raise LoadFailed("timed_out", str(error)) from error
         except adb.NoSpace as error:  # the phone had space when the lease began: this is too large, or came last
             raise LoadFailed("out_of_memory", str(error)) from error
         return _Model(self, path, profiled, first.latencies_ms[0])
 
     def start(self, path: str, runs: int, profiled: _Profiled | None, limit_s: float) -> _Start:
-        """Starts the tool, and once more where it failed, crashed or said what makes no sense."""
+        """Starts the tool, and once more where it failed, crashed or said what makes no sense.
+
+        Raises Unsupported where the tool refuses the model, LoadFailed and Unreachable.
+        """
         try:
-            return self.tool.start(path, runs, profiled, limit_s)
-        except NotDelegated:
-            raise
+            try:
+                return self.tool.start(path, runs, profiled, limit_s)
+            except NotDelegated:
+                raise
+            except ToolFailed as error:
+                log.warning("%s: %s; once more", self.phone.address, error.message.partition(";")[0])
+                self.restarts += 1
+                return self.tool.start(path, runs, profiled, limit_s)
+        except (NotDelegated, _Refused) as error:
+            if self.phone.run(f"[ -f {path} ]").code != 0:
+                raise Unreachable(f"{self.phone.address}: {path} is no longer there") from error
+            raise Unsupported(str(error)) from error
         except ToolFailed as error:
-            log.warning("%s: %s; once more", self.phone.address, error.message.partition(";")[0])
-            self.restarts += 1
-            return self.tool.start(path, runs, profiled, limit_s)
+            raise LoadFailed("crashed", str(error)) from error
+        except adb.TimedOut as error:
+            raise LoadFailed("timed_out", str(error)) from error
 
     def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
         raise NotImplementedError(f"{self.setup.tool} prints times, not what a network computes")
@@ -633,9 +651,10 @@ class _BenchmarkModel:
             return _Start([read.latency_ms], times)
         except _AddedUp as error:
             alone = {operators[number].owner for number in error.own}
-            if len(profiled.network.nodes) == 1:
+            parts = _cut(profiled.network, alone)
+            if len(parts) == 1:
                 raise
-            profiled.parts = tuple(self._part(*part) for part in _cut(profiled.network, alone))
+            profiled.parts = tuple(self._part(*part) for part in parts)
         return self._start_parts(runs, profiled, limit_s)
 
     def _part(self, network: Network, numbers: tuple[int, ...]) -> _Part:
@@ -794,7 +813,11 @@ class _PerfTest:
         """From the graph as the runtime on the phone optimised it, which it writes into a file."""
         optimized = f"{self.setup.scratch}/optimized.onnx"
         self.backend.run_tool([*self._arguments(1), "-u", "optimized.onnx", path, "results.csv"], limit_s)
-        return ort_profile.owners_in_graph(onnx.load_from_string(self.backend.phone.get(optimized)).graph, network)
+        try:
+            model = onnx.load_from_string(self.backend.phone.get(optimized))
+        except DecodeError as error:
+            raise ToolFailed("the optimised model that it wrote cannot be read", str(error)) from error
+        return ort_profile.owners_in_graph(model.graph, network)
 
 
 # -------------------------------------------------------------------------------------------------------------- doctor
@@ -861,6 +884,7 @@ def _examine(backend: Android) -> Iterator[Check]:
         "let it cool down: out of its case, off the charger, screen off; an agent waits for that by itself",
     )  # fmt: skip
     policy = backend.clock_policy(state)
+    yield replace(energy.check(backend.counter), name=f"{name}: energy")
     yield Check(
         f"{name}: clock policy", policy in ("fixed-performance", "performance"), policy,
         "set fixed_performance=true (Android 11 and later), or the governor performance on a rooted phone; without "

@@ -21,7 +21,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from device_agents import energy, evidence, ort_profile, ort_session
-from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options
+from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
 from device_agents.settings import choice
 from lut_db.errors import InvalidInput
 from lut_db.lowering.onnx import tensor_name, to_onnx
@@ -97,6 +97,8 @@ class CpuOnnxruntime:
         return energy.of_processor(self.options.settings)
 
     def load(self, model: Network | Path, *, profile: bool) -> Loaded:
+        if isinstance(model, Path) and self.precision != "fp32":
+            raise Unsupported("a file is run in the precision that it was written in: leave the setting out")
         return _Session(model, self.options.threads, self.level, profile, self.precision)
 
     def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
@@ -124,12 +126,17 @@ class _Session:
             self.owners = ort_profile.owners_in_graph(onnx.load(optimized).graph, model)
             optimized.unlink()
         self.binding = ort_session.bind(self.session)
+        self.timed = 0
 
     def time(self, runs: int) -> list[float]:
         times_ms = []
+        self.timed += runs
         for _ in range(runs):
             begin = time.perf_counter()
-            self.session.run_with_iobinding(self.binding)
+            try:
+                self.session.run_with_iobinding(self.binding)
+            except Exception as error:  # as when it is opened
+                raise ort_session.judged(error) from error
             times_ms.append((time.perf_counter() - begin) * 1e3)
         return times_ms
 
@@ -138,4 +145,7 @@ class _Session:
         path = Path(self.session.end_profiling())
         events = json.loads(path.read_text())
         self.folder.cleanup()
-        return ort_profile.node_times(events, self.owners, self.nodes)
+        times = ort_profile.node_times(events, self.owners, self.nodes)
+        if len(times.total_ms) != self.timed:  # it keeps a million events
+            raise Unsupported(f"ONNX Runtime's profile tells {len(times.total_ms)} of {self.timed} runs: plan fewer")
+        return times

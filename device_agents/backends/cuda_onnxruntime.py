@@ -230,8 +230,11 @@ class _Session:
             if self.sweep is not None:
                 self.sweep.run()
             begin = time.perf_counter()
-            self.session.run_with_iobinding(self.binding)
-            self.binding.synchronize_outputs()
+            try:
+                self.session.run_with_iobinding(self.binding)
+                self.binding.synchronize_outputs()
+            except Exception as error:  # as when it is opened
+                raise ort_session.judged(error) from error
             times_ms.append((time.perf_counter() - begin) * 1e3)
         return times_ms
 

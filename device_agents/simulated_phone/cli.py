@@ -70,6 +70,7 @@ def command(
     heat: Annotated[float, typer.Option(help="degrees that it warms under full load")] = 8.0,
     heat_seconds: Annotated[float, typer.Option(help="time constant of warming and cooling")] = 60.0,
     throttle_at: Annotated[float, typer.Option(help="degrees above which its clocks fall")] = 42.0,
+    watts: Annotated[float, typer.Option(help="what its power rails count under full load; 0: they do not")] = 0.0,
     battery: Annotated[int, typer.Option(min=0, max=100, help="level in percent")] = 85,
     authorize: Annotated[
         Authorize, typer.Option(help="unknown keys: always, never, as its file `authorize` says; off: no key is asked")
@@ -102,7 +103,7 @@ def command(
         )  # fmt: skip
         phone = Phone(
             identity=identity,
-            climate=Climate(speed, noise, ambient, heat, heat_seconds, throttle_at),
+            climate=Climate(speed, noise, ambient, heat, heat_seconds, throttle_at, watts),
             battery_level=battery, gpu=gpu.value, nnapi=nnapi.value, benchmark_format=benchmark_format.value,
             faults=[Fault.parse(text) for text in fault or []],
         )  # fmt: skip

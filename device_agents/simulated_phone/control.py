@@ -64,7 +64,7 @@ class Control:
 
     def set(self, **values: Any) -> None:
         """Sets `temperature_c`, `battery_level`, `usb_powered`, `gpu`, `nnapi`, `benchmark_format`, `authorize`, or a
-        field of `phone.Climate`: `speed`, `noise`, `ambient_c`, `rise_c`, `seconds`, `throttle_c`."""
+        field of `phone.Climate`: `speed`, `noise`, `ambient_c`, `rise_c`, `seconds`, `throttle_c`, `watts`."""
         self._do("set", values=values)
 
     def heat(self, celsius: float) -> None:

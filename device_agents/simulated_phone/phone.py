@@ -25,6 +25,9 @@ FIXED_MODE_MARGIN_C = 8.0
 STATUS_STEP_C = 3.0
 SHUTDOWN_STATUS = 6
 HISTORY = 1000
+RAILS = ("S2M_VDD_CPUCL2", "S5M_VDD_INT")
+"""Power rails whose energy it counts: what load draws, and what is drawn all the while."""
+IDLE_POWER = 0.1
 
 FAULTS = {
     "corrupt-push": "a byte of the next pushed file is wrong",
@@ -36,6 +39,7 @@ FAULTS = {
     "freeze": "for `seconds` connections stay open and nothing is answered",
     "garbage": "the next run of a model prints nonsense and ends with 0",
     "hang": "the next shell command never answers nor ends",
+    "hang-run": "the next run of a model never ends",
     "no-space": "storage is full after `after` bytes of the next push",
 }
 
@@ -119,7 +123,8 @@ class Climate:
     """How it behaves under load. Temperatures in degrees Celsius.
 
     Under full load the temperature approaches `ambient_c + rise_c` with the time constant `seconds`; above
-    `throttle_c` clocks fall by 5 % for each degree, down to 35 %.
+    `throttle_c` clocks fall by 5 % for each degree, down to 35 %. Under full load its power rails draw `watts` more
+    than at rest, when they draw a tenth of that; at 0 they are not counted.
     """
 
     speed: float = 1.0
@@ -128,12 +133,14 @@ class Climate:
     rise_c: float = 8.0
     seconds: float = 60.0
     throttle_c: float = 42.0
+    watts: float = 0.0
 
     def __post_init__(self) -> None:
         for name, ok, remedy in (
             ("speed", self.speed > 0, "above 0: 2 makes every run take twice as long"),
             ("noise", 0 <= self.noise < 1, "at least 0 and below 1: the standard deviation of log latency"),
             ("seconds", self.seconds > 0, "above 0"),
+            ("watts", self.watts >= 0, "0 or above"),
         ):
             if not ok:
                 raise InvalidInput(f"{getattr(self, name)}", field=name, remedy=remedy)
@@ -207,7 +214,8 @@ class Phone:
         self.status_override: int | None = None
         self.loads: dict[object, int] = {}
         self.awake = True
-        self._seen = self.clock()
+        self.joules = dict.fromkeys(RAILS, 0.0)
+        self._began = self._seen = self.clock()
 
     # --- faults ------------------------------------------------------------------------------------------------
 
@@ -237,8 +245,10 @@ class Phone:
         self.loads.pop(key, None)
 
     def warm(self) -> None:
-        """Brings the temperature up to now."""
+        """Brings the temperature, and what the power rails have used, up to now."""
         now = self.clock()
+        for rail, watts in zip(RAILS, (self.climate.watts * self.load, IDLE_POWER * self.climate.watts), strict=True):
+            self.joules[rail] += watts * (now - self._seen)
         target = self.climate.ambient_c + self.climate.rise_c * self.load
         self.temperature_c = target + (self.temperature_c - target) * math.exp(
             (self._seen - now) / self.climate.seconds
@@ -246,7 +256,7 @@ class Phone:
         self._seen = now
 
     def set_temperature(self, celsius: float) -> None:
-        self._seen = self.clock()
+        self.warm()
         self.temperature_c = celsius
 
     @property
@@ -314,6 +324,12 @@ class Phone:
                 f"{folder}/scaling_min_freq": f"{MIN_KHZ}\n",
                 f"{folder}/scaling_available_governors": "sched_pixel conservative powersave performance schedutil\n",
             }
+        if self.climate.watts:
+            at_ms = round(1e3 * (self._seen - self._began))
+            lines = [
+                f"CH{n}(T={at_ms})[{rail}], {round(1e6 * used)}\n" for n, (rail, used) in enumerate(self.joules.items())
+            ]
+            files["sys/bus/iio/devices/iio:device0/energy_value"] = f"t={at_ms}\n{''.join(lines)}"
         supply = "sys/class/power_supply/battery"
         files |= {
             f"{supply}/capacity": f"{self.battery_level}\n",

@@ -59,6 +59,9 @@ class Phone:
                 os.kill(os.getpid(), signal.SIGSEGV)
             case "fail-run":
                 failed()
+            case "hang-run":
+                while True:
+                    signal.pause()
 
     def stretch(self, seconds: float) -> float:
         """What a run that took `seconds` here takes on the phone, once that time has passed."""

@@ -25,6 +25,8 @@ ANSWER = "authorize"
 TICK_S = 0.25
 REBOOT_AFTER_S = 0.1
 LINE_BYTES = 1 << 20
+MISHAPS = ("garbage", "crash-run", "fail-run", "hang-run")
+"""Faults that a program itself brings about."""
 OPEN_STREAMS_AT_MOST = 500
 
 _log = logging.getLogger(__name__)
@@ -480,7 +482,7 @@ class Server:
         self.phone.begin_load(key, int(run["threads"]))
         if (drop := self.phone.take("drop-run", subject)) is not None:
             self.soon(self._drop_later(drop.after))
-        mishap = next((name for name in ("garbage", "crash-run", "fail-run") if self.phone.take(name, subject)), None)
+        mishap = next((name for name in MISHAPS if self.phone.take(name, subject)), None)
         return {
             "mishap": mishap, "noise": self.phone.climate.noise, "gpu": self.phone.gpu, "nnapi": self.phone.nnapi,
             "format": self.phone.benchmark_format,

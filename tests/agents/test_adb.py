@@ -78,8 +78,9 @@ def test_what_is_not_even_a_command_fails(connect) -> None:  # type: ignore[no-u
 
 def test_a_command_that_runs_too_long_is_killed_with_its_children(connect) -> None:  # type: ignore[no-untyped-def]
     phone = connect()
-    with pytest.raises(TimedOut, match="begun"):
+    with pytest.raises(TimedOut, match="begun") as late:
         phone.run("echo begun; sleep 987 & sleep 988; echo ended", timeout_s=0.5)
+    assert isinstance(late.value, Unreachable), "a phone whose system hangs is not ready, like one that is gone"
     assert "sleep 98" not in phone.run("ps -A -o ARGS | grep -v grep").output
     assert phone.run("echo fine").output == "fine\n"
 

@@ -18,9 +18,9 @@ from test_measuring import ONE_OF_EACH, lease, light
 from device_agents import adb, backends
 from device_agents.backends import Backend, LoadFailed, Options, Unreachable, Unsupported, android
 from device_agents.bench import bench_file
-from device_agents.benchmark_tools import ToolFailed
 from device_agents.child import Job
 from device_agents.measuring import measure
+from lut_db.canary import canary
 from lut_db.errors import InvalidInput, MeasurementRefused
 from lut_db.lowering.onnx import to_onnx
 from lut_db.lowering.tflite import to_tflite
@@ -234,10 +234,10 @@ def test_runs_that_go_wrong(make, simulated: RunningPhone, tool: str) -> None:  
     simulated.control.fault("garbage")
     assert loaded.time(3)[0] > 0  # once is no more than a start lost
     simulated.control.fault("garbage", times=2)
-    with pytest.raises(ToolFailed, match="count=7 curr="):
+    with pytest.raises(LoadFailed, match="count=7 curr="):
         loaded.time(3)
     simulated.control.fault("crash-run", times=2)
-    with pytest.raises(ToolFailed, match="signal 11"):
+    with pytest.raises(LoadFailed, match="signal 11"):
         loaded.time(3)
     simulated.control.fault("fail-run")
     backend.load(small(), profile=False)
@@ -259,12 +259,109 @@ def test_a_run_that_takes_too_long_is_killed(make, simulated: RunningPhone) -> N
     loaded = backend.load(small(), profile=False)
     simulated.control.set(speed=1e5)
     try:
-        with pytest.raises(adb.TimedOut):
+        with pytest.raises(LoadFailed) as slow:
             loaded.time(100)
+        assert slow.value.cause == "timed_out"
     finally:
         simulated.control.set(speed=1)
     assert "benchmark_model" not in backend.phone.run("ps -A -o ARGS | grep -v grep").output
+    simulated.control.fault("hang-run")
+    with pytest.raises(LoadFailed, match="killed after 3 s"):
+        loaded.time(1)
     assert loaded.time(1)[0] > 0
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_what_fails_while_it_is_timed_fails_alone(make, simulated: RunningPhone, tool: str) -> None:  # type: ignore[no-untyped-def]
+    backend = make(tool=tool)
+    operators = [Convolution(input=(1, 8, 28, 28), filters=filters, kernel=(3, 3)) for filters in (21, 22, 23)]
+    bad = Network.of(operators[1])
+    content = to_tflite(bad) if tool == "benchmark_model" else to_onnx(bad).SerializeToString()
+    asked = lease(backend, light(backend, context="isolated", carriers=1), operators=tuple(operators))
+
+    def progress(text: str) -> None:
+        if text.startswith("timing"):
+            simulated.control.fault("crash-run", times=2, match=hashlib.sha256(content).hexdigest())
+
+    report = measure(backend, asked, progress)
+    assert [m.failure and m.failure.cause for m in report.measurements] == [None, "crashed", None]
+
+
+def test_a_canary_that_fails_holds_nothing_against_operators(make, simulated: RunningPhone) -> None:  # type: ignore[no-untyped-def]
+    backend = make()
+    asked = lease(backend, light(backend, context="isolated", carriers=1), operators=ONE_OF_EACH[:2])
+    content = to_tflite(canary())
+    simulated.control.fault("crash-run", times=100, match=hashlib.sha256(content).hexdigest())
+    report = measure(backend, asked)
+    assert [m.failure and m.failure.cause for m in report.measurements] == ["unreachable"] * 2
+    assert "canary" in str(report.measurements[0].failure)
+
+
+def test_a_folder_that_is_cleared_is_filled_again(make, simulated: RunningPhone, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    tool = tmp_path / "tool"
+    tool.write_bytes((simulated.root / "data/local/tmp/benchmark_model").read_bytes() + b"\n")
+    backend = make(tool_file=str(tool))
+    loaded = backend.load(small(), profile=False)
+    backend.phone.check(f"rm -rf {adb.FOLDER}/models/*")
+    with pytest.raises(Unreachable, match="no longer there"):
+        loaded.time(1)
+    backend.phone.check(f"rm -rf {adb.FOLDER}/tools")
+    with pytest.raises(Unreachable):
+        loaded.time(1)
+    backend.ready()
+    assert backend.load(small(), profile=False).time(1)[0] > 0
+
+
+def test_another_library_beside_the_tool_is_another_target(make, simulated: RunningPhone) -> None:  # type: ignore[no-untyped-def]
+    backend = make(tool="onnxruntime_perf_test")
+    alone = backend.target()
+    versions = []
+    library = "/data/local/tmp/libonnxruntime.so"
+    try:
+        for content in ("one", "another"):
+            backend.phone.check(f"echo {content} > {library}")
+            backend.ready()
+            versions.append(backend.target().runtime_version)
+    finally:
+        backend.phone.check(f"rm {library}")
+    assert len({alone.runtime_version, *versions}) == 3
+
+
+def test_a_profile_that_no_cut_makes_plain_is_refused(make, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    def added_up(*_: object, **__: object) -> None:
+        raise android._AddedUp(frozenset())
+
+    monkeypatch.setattr(android, "_tflite_times", added_up)
+    with pytest.raises(Unsupported, match="adds up"):
+        make().load(small(), profile=True)
+
+
+def test_an_optimised_model_that_is_cut_off(make, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    backend = make(tool="onnxruntime_perf_test")
+    whole = backend.phone.get
+    monkeypatch.setattr(android.ort_profile, "owners_by_name", lambda *_: None)
+    assert backend.load(small(), profile=True).time(1)[0] > 0
+    monkeypatch.setattr(backend.phone, "get", lambda path: whole(path)[:-20])
+    with pytest.raises(LoadFailed, match="cannot be read"):
+        backend.load(small("hard_swish"), profile=True)
+
+
+def test_energy_where_a_phone_counts_its_rails(make, simulated: RunningPhone) -> None:  # type: ignore[no-untyped-def]
+    backend = make(cores="7")
+    operator = Convolution(input=(1, 32, 56, 56), filters=64, kernel=(3, 3))
+    asked = lease(backend, light(backend, context="isolated", carriers=1), operators=(operator,))
+    assert "does not tell" in str(measure(backend, asked).evidence["energy"])
+    simulated.control.set(watts=8.0)
+    try:
+        report = measure(backend, asked)
+    finally:
+        simulated.control.set(watts=0.0)
+    (row,) = report.measurements
+    assert "S2M_VDD_CPUCL2" in str(report.evidence["energy"])
+    # One thread of four that make full load draws two watts.
+    assert row.energy_j is not None
+    assert row.latency_ms is not None
+    assert row.energy_j == pytest.approx(2.0 * row.latency_ms / 1e3, rel=0.5)
 
 
 @pytest.mark.parametrize(("fault", "after"), [("drop-push", 500.0), ("drop-run", 0.05)])

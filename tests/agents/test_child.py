@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from device_agents.backends import Options
 from device_agents.child import Job
 from lut_db.operators import Convolution, Linear, Operator
 from lut_db.plans import Plan
-from lut_db.wire import Lease
+from lut_db.wire import Lease, Report
 
 LIGHT: dict[str, Any] = {
     "carriers": 1, "warmup_runs": 1, "round_runs": 2, "min_runs": 4, "max_runs": 4, "load_tolerance": 64,
@@ -62,6 +63,19 @@ def test_the_limits_of_a_child() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["[1000, 0]", "cut", "no memory"]
+
+
+def test_cores_that_are_taken_away_are_nothing_of_the_operators(tmp_path: Path) -> None:
+    core = min(os.sched_getaffinity(0))
+    job = Job(backend=BACKEND, options=Options(cores=(core, 4096)), lease=ask(SMALL))
+    (tmp_path / "job.json").write_text(job.model_dump_json())
+    command = [sys.executable, "-m", "device_agents.child", str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as child:  # it ends when its standard input does
+        assert child.wait() == 0
+    (measurement,) = Report.model_validate_json((tmp_path / "report.json").read_bytes()).measurements
+    assert measurement.failure is not None
+    assert measurement.failure.cause == "unreachable"
+    assert f"only use [{core}]" in measurement.failure.message
 
 
 def test_what_takes_too_long_is_ended() -> None:

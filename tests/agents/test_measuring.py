@@ -263,6 +263,38 @@ def test_another_speed_is_refused(backend: backends.Backend) -> None:
 
 
 @IN_FP32
+def test_a_speed_that_changes_in_a_lease_is_refused(backend: backends.Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs that were run before the change would have their fastest runs from then, others would not."""
+    looks = 10 if backend.starts else 20
+    calls = 0
+    load = backend.load
+
+    class Slowed:
+        def __init__(self, loaded: backends.Loaded) -> None:
+            self.loaded = loaded
+
+        def time(self, runs: int) -> list[float]:
+            nonlocal calls
+            calls += 1
+            return [ms * (1.0 if calls < looks else 1.2) for ms in np.full(len(self.loaded.time(runs)), 2.0)]
+
+    def loading(network: Network, *, profile: bool) -> backends.Loaded:
+        loaded = load(network, profile=profile)
+        return Slowed(loaded) if network == canary() else loaded  # type: ignore[return-value]
+
+    monkeypatch.setattr(backend, "load", loading)
+    monkeypatch.setattr("device_agents.sampling.LOOK_S", 0.0)
+    plan = light(backend, context="isolated", carriers=1, max_runs=120, min_runs=120, round_runs=6)
+    asked = lease(backend, plan.model_copy(update={"drift_tolerance": 0.3}), operators=ONE_OF_EACH[:1])
+    report = measure(backend, asked)
+    assert [m.failure.cause for m in report.measurements if m.failure] == ["drift"]
+    assert "within the lease" in str(report.measurements[0].failure)
+    looks = 10**6
+    calls = 0
+    assert measure(backend, asked).measurements[0].failure is None
+
+
+@IN_FP32
 def test_what_does_not_load_is_a_failure_and_the_rest_is_measured(
     backend: backends.Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +346,28 @@ def test_a_device_that_cannot_run_the_canary_says_nothing_of_operators(
     assert report.canary_ms is None
 
 
+@IN_FP32
+def test_what_fails_while_it_is_timed_fails_alone(backend: backends.Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad, good = ONE_OF_EACH[0], ONE_OF_EACH[4]
+    load = backend.load
+
+    class Failing:
+        def time(self, runs: int) -> list[float]:
+            raise LoadFailed("crashed", "signal 11")
+
+    def loading(network: Network, *, profile: bool) -> backends.Loaded:
+        if bad.key in {operator.key for operator in network.operators}:
+            return Failing()  # type: ignore[return-value]
+        return load(network, profile=profile)
+
+    monkeypatch.setattr(backend, "load", loading)
+    plan = light(backend, context="isolated", carriers=1)
+    report = measure(backend, lease(backend, plan, operators=(bad, good)))
+    assert report.measurements[0].failure is not None
+    assert report.measurements[0].failure.cause == "crashed"
+    assert report.measurements[1].latency_ms is not None
+
+
 def test_a_profile_adds_up_over_the_nodes(backend: backends.Backend) -> None:
     if isinstance(backend, Unprofiled):
         with pytest.raises(Unsupported, match="profile"):
@@ -327,6 +381,16 @@ def test_a_profile_adds_up_over_the_nodes(backend: backends.Backend) -> None:
     assert np.all(times.layout_ms <= times.total_ms)
     assert np.all(times.total_ms.sum(axis=0) > 0)
     assert times.events.shape == (len(canary().nodes),)
+
+
+def test_what_has_become_another_target_is_not_measured(backend: backends.Backend) -> None:
+    asked = lease(backend, light(backend), operators=ONE_OF_EACH[:1])
+    other = asked.target.model_copy(update={"runtime_version": "another"})
+    report = measure(backend, asked.model_copy(update={"target": other}))
+    (measurement,) = report.measurements
+    assert measurement.failure is not None
+    assert measurement.failure.cause == "unreachable"
+    assert other.key in measurement.failure.message
 
 
 @pytest.mark.parametrize("name", ["cpu-onnxruntime", "cpu-litert"])

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from device_agents import sampling
+from device_agents.backends import LoadFailed
 from device_agents.sampling import (
     CANARY_RUNS,
     CANARY_WAKE_RUNS,
@@ -106,6 +107,57 @@ def test_what_is_counted_was_run_with_warm_caches(monkeypatch: pytest.MonkeyPatc
         assert record.done == len(record.times_ms) == 6
         first, second = 2 + WAKE_RUNS, 2 + WAKE_RUNS + 3 + WAKE_RUNS
         assert record.positions == [*range(first, first + 3), *range(second, second + 3)]
+
+
+def test_a_graph_that_fails_is_timed_no_more() -> None:
+    calls: list[str] = []
+    failed = LoadFailed("crashed", "it crashed")
+
+    def failing(after: int):
+        left = iter(range(after))
+
+        def time(runs: int) -> list[float]:
+            if next(left, None) is None:
+                raise failed
+            calls.extend(["bad"] * runs)
+            return [1.0] * runs
+
+        return time
+
+    plan = Plan(warmup_runs=2, round_runs=3, min_runs=9, settle_runs=9, max_runs=9)
+    for after, runs in ((0, 0), (1, 2), (2, 2 + WAKE_RUNS), (3, 2 + WAKE_RUNS + 3)):
+        calls.clear()
+        graphs = [recording(calls, "good"), failing(after), recording(calls, "good")]
+        sampled = sample(graphs, [recording([], "canary")], plan, seed=0)
+        assert [record.failure for record in sampled.graphs] == [None, failed, None]
+        assert [len(record.times_ms) for record in sampled.graphs][::2] == [9, 9]
+        assert calls.count("bad") == runs
+
+
+def test_what_is_slow_does_not_take_more_than_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(sampling.time, "perf_counter", lambda: now)
+
+    def slow(runs: int) -> list[float]:
+        nonlocal now
+        now += 3.0 * runs
+        return [3000.0] * runs
+
+    plan = Plan(warmup_runs=2, round_runs=10, min_runs=60, settle_runs=80, max_runs=100, max_seconds=20.0)
+    (record,) = sample([slow], [lambda runs: [1.0] * runs], plan, seed=0).graphs
+    assert record.stop == "max_seconds"
+    assert 0 < record.done < 10
+    assert now - 2 * 3.0 <= 20.0 + 2 * 3.0
+
+
+@given(st.lists(st.floats(min_value=0.5, max_value=2.0), min_size=1, max_size=60))
+def test_the_canary_over_time_is_of_all_looks_in_order(speeds: list[float]) -> None:
+    looks = [[speed, speed] for speed in speeds]
+    parts = sampling.Sampled([], [], looks).canary_over_time("median")
+    assert len(parts) == max(1, min(sampling.PARTS, len(looks) // sampling.LOOKS_OF_A_PART))
+    assert min(speeds) <= min(parts) <= max(parts) <= max(speeds)
+    if speeds == sorted(speeds):
+        assert parts == sorted(parts)
 
 
 def test_small_graphs_share_a_look_at_the_canary(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-from processes import Processes, child_of, kill, operators, wait_until
+from processes import PLAN, Processes, child_of, kill, operators, wait_until
 
 from lut_db.wire import DeviceState
 
@@ -54,6 +54,25 @@ def test_a_killed_measuring_process_costs_its_lease_and_not_the_agent(tmp_path: 
         assert (first.state, first.rows, first.requeued) == ("reported", 0, len(OPERATORS))
         assert sum(lease.rows for lease in later) == len(OPERATORS)
         assert "crashed: the measuring process was ended by SIGKILL" in lab.log("bench")
+
+
+def test_a_report_that_the_service_does_not_take_is_a_failure_and_the_agent_goes_on(tmp_path: Path) -> None:
+    with Processes(tmp_path, PROFILER_MAX_BODY_BYTES="16384") as lab:
+        lab.start_server()
+        agent = lab.start_agent()
+        (key, operator), (other, small), *_ = OPERATORS.items()
+        long = PLAN.model_copy(update={"context": "isolated", "min_runs": 4000, "settle_runs": 4000, "max_runs": 4000})
+        lab.ask(lab.open_pin(long), {key: operator})
+        wait_until(lambda: not lab.queue(), "the queue is empty")
+        (row,) = lab.rows()
+        assert row.failure is not None
+        assert row.failure["cause"] == "error"
+        assert "does not take the report" in row.failure["message"]
+        assert len(lab.leases()) == 3, "tried again before it is given up"
+        lab.ask(lab.open_pin(), {other: small})
+        wait_until(lambda: not lab.queue(), "the queue is empty")
+        assert agent.poll() is None
+        assert [row.workload for row in lab.rows() if row.failure is None] == [other]
 
 
 def test_an_agent_that_is_told_to_stop_gives_its_lease_back(tmp_path: Path) -> None:

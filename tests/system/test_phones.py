@@ -78,6 +78,8 @@ class Storm:
         self.phones: dict[str, list[RunningPhone]] = {}
         self.agents: dict[str, subprocess.Popen[bytes]] = {}
         self.struck: Counter[str] = Counter()
+        self.blamed: set[int] = set()
+        """The leases during which the last blow fell that counts against operators."""
         self.hopeless = {self.operators[number].key for number in (CRASHES, FAILS)}
         lab.start_server()
         for tool in tools:
@@ -116,7 +118,7 @@ class Storm:
         if kind in AGAINST_OPERATORS:
             # Three such blows to one operator would be its failure: here it is only bad luck. Where it is not, the last
             # try must show what is wrong with it.
-            self._wait(tool, lambda: not any(job.attempts for job in self.queue()))
+            self._wait(tool, lambda: not self.open() & self.blamed and not any(job.attempts for job in self.queue()))
         if not self.queue(tool):
             return False
         phone = self.phones[tool][number]
@@ -151,6 +153,10 @@ class Storm:
         self._wait(tool, lambda: len(self.lab.leases()) > leases)
         return True
 
+    def open(self) -> set[int]:
+        """Leases that have not come to their end."""
+        return {lease.id for lease in self.lab.leases() if lease.state == "active"}
+
     def queue(self, *tools: str) -> list[m.Pending]:
         """What is left to measure with these tools, or with any."""
         targets = [self.targets[tool] for tool in tools or self.tools]
@@ -172,6 +178,8 @@ class Storm:
                 tool, number = next(places)  # the other one's phone: tools take turns
             if self.inject(kind, tool, number):
                 self.struck[kind] += 1
+                if kind in AGAINST_OPERATORS:
+                    self.blamed = self.open()
 
     # --- what must be so afterwards -----------------------------------------------------------------------------
 
@@ -275,12 +283,13 @@ def test_what_is_left_on_a_phone_is_seen(tmp_path: Path) -> None:
 
 ARMED: dict[str, dict[str, Any]] = {
     "corrupt-push": {}, "crash-run": {"times": 2}, "drop-push": {"after": 300.0}, "drop-run": {"after": 0.05},
-    "fail-run": {}, "garbage": {"times": 2}, "hang": {"match": "mark said"}, "no-space": {"after": 100.0},
+    "fail-run": {}, "garbage": {"times": 2}, "hang": {"match": "mark said"}, "hang-run": {},
+    "no-space": {"after": 100.0},
 }  # fmt: skip
-AGAINST_OPERATORS = {"crash-run", "garbage", "kill-agent", "kill-child", "no-space"}
+AGAINST_OPERATORS = {"crash-run", "garbage", "hang-run", "kill-agent", "kill-child", "kill-server", "no-space"}
 KINDS = [
     "drop-push", "garbage", "drop-run", "kill-agent", "heat", "hang", "crash-run", "die", "no-space", "kill-phone",
-    "fail-run", "kill-child", "corrupt-push", "freeze", "unplug", "drop", "kill-server",
+    "fail-run", "kill-child", "corrupt-push", "hang-run", "freeze", "unplug", "drop", "kill-server",
 ]  # fmt: skip
 """In an order in which what is held against an operator never comes twice in a row."""
 

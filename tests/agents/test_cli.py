@@ -1,0 +1,113 @@
+"""The command `device-agent`: what it takes, and what it says to what it does not take."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+from typer.testing import CliRunner
+
+from device_agents.backends import Options
+from device_agents.cli import _options, app
+from lut_db.canary import canary
+from lut_db.errors import InvalidInput
+from lut_db.lowering.onnx import to_onnx
+
+BACKEND = "cpu-onnxruntime"
+ALLOWED = sorted(os.sched_getaffinity(0))
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, arguments)
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    return done.exit_code, done.output
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("0", {0}), ("2,3", {2, 3}), ("4-7", {4, 5, 6, 7}), ("0,2-3", {0, 2, 3}), ("0-6:2", {0, 2, 4, 6}), ("1-1", {1})],
+)
+def test_cores_are_told_as_taskset_takes_them(monkeypatch: pytest.MonkeyPatch, text: str, cores: set[int]) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert _options(1, text, []) == Options(cores=tuple(sorted(cores)))
+    assert _options(1, "any", []) == Options()
+
+
+@pytest.mark.parametrize("text", ["", "a", "-1", "3-2", "0-2:0", "0:2", "1,,2", "1;2", "0x1"])
+def test_what_is_no_list_of_cores(text: str) -> None:
+    with pytest.raises(InvalidInput, match="no list of cores"):
+        _options(1, text, [])
+
+
+def test_cores_must_be_had_and_suffice() -> None:
+    with pytest.raises(InvalidInput, match="may not use core 4096"):
+        _options(1, f"{ALLOWED[0]},4096", [])
+    with pytest.raises(InvalidInput, match="2 threads on 1 cores"):
+        _options(2, str(ALLOWED[0]), [])
+
+
+def test_the_doctor_sees_settings_that_an_agent_would_not_take() -> None:
+    code, said = run("doctor", BACKEND, "--setting", "graph_optimization=most")
+    assert code == 1
+    assert "LACK  settings" in said
+    code, said = run("doctor", BACKEND, "--setting", "speed=high")
+    assert code == 1
+    assert "no setting 'speed'" in said
+    _, said = run("doctor", BACKEND, "--setting", "precision=int8")
+    assert "ok    settings: precision=int8" in said
+
+
+def test_a_file_is_measured_without_a_service(tmp_path: Path) -> None:
+    model = tmp_path / "canary.onnx"
+    model.write_bytes(to_onnx(canary()).SerializeToString())
+    arguments = ["bench", BACKEND, str(model), "--runs", "20", "--sessions", "2", "--load-tolerance", "64"]
+    huge = ("--setting", "huge_pages=off")  # the command would start itself again
+    code, said = run(*arguments, *huge, "--cores", "any", "--json")
+    assert code == 0, said
+    found = json.loads(said)
+    assert found["runs"] <= 40
+    assert 0 < found["p5_ms"] <= found["p95_ms"]
+    code, said = run(*arguments, *huge, "--cores", "any", "--setting", "precision=int8")
+    assert code == 2
+    assert "the precision that it was written in" in said
+
+
+def file(tmp_path: Path, elements: int, shape: list[int | str]) -> Path:
+    given = helper.make_tensor_value_info("given", elements, shape)
+    made = helper.make_tensor_value_info("made", TensorProto.INT64, None)
+    graph = helper.make_graph([helper.make_node("Shape", ["given"], ["made"])], "graph", [given], [made])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9)
+    path = tmp_path / "model.onnx"
+    onnx.save(model, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("elements", "shape", "told"),
+    [
+        (TensorProto.FLOAT, ["N", 3, "H", "W"], "leaves sizes of input 'given' open"),
+        (TensorProto.STRING, [1], "nothing can be made up for input 'given'"),
+    ],
+)
+def test_inputs_that_nobody_can_make_up(tmp_path: Path, elements: int, shape: list[int | str], told: str) -> None:
+    path = file(tmp_path, elements, shape)
+    options = ("--setting", "huge_pages=off", "--cores", "any", "--load-tolerance", "64")
+    code, said = run("bench", BACKEND, str(path), *options)
+    assert code == 2
+    assert told in said
+
+
+def test_an_open_batch_is_one_and_integers_are_zeros(tmp_path: Path) -> None:
+    from device_agents import ort_session
+
+    session = ort_session.open_session(
+        str(file(tmp_path, TensorProto.INT64, ["N", 7])), ort_session.session_options(1, "all")
+    )
+    (given,) = ort_session.made_up(session).values()
+    assert given.dtype == np.int64
+    assert given.tolist() == [[0] * 7]
