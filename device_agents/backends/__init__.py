@@ -181,7 +181,7 @@ def check_settings(name: str, options: Options) -> Iterator[Check]:
         for of_device in devices(name, options):
             create(name, of_device)
     except InvalidInput as error:
-        yield Check("settings", False, error.message, error.remedy or "see the settings of the backend")
+        yield Check(error.field or "settings", False, error.message, error.remedy or "see the backend's settings")
     else:
         yield Check("settings", True, ", ".join(f"{key}={value}" for key, value in options.settings.items()) or "none")
 

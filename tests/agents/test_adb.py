@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import usb1
+from adb_shell import exceptions
 from phones import RunningPhone
 from phones import phone as running_phone
 
@@ -92,6 +95,41 @@ def test_a_command_without_an_answer_is_lost(connect, simulated: RunningPhone) -
     with pytest.raises(Unreachable, match="lost"):
         phone.run("echo hear-me", timeout_s=0.5)
     assert phone.run("echo hear-me").output == "hear-me\n"
+
+
+class OverUsb:
+    """What adb-shell has for a phone on USB, one whose commands hang."""
+
+    refuses: Exception | None = None
+    begun = ""
+
+    def __init__(self, serial: str | None, default_transport_timeout_s: float) -> None: ...
+
+    def connect(self, *_: object, **__: object) -> None:
+        if OverUsb.refuses is not None:
+            raise OverUsb.refuses
+
+    def close(self) -> None: ...
+
+    def streaming_shell(self, command: str, **_: object) -> Iterator[bytes]:
+        if begins := re.search(r"echo \$\$ > \S+/(\w+)\.pid", command):
+            OverUsb.begun = begins[1]
+            raise exceptions.UsbReadFailedError("nothing was read", usb1.USBErrorTimeout())
+        word = re.search(r"echo (\w+):\$code", command)
+        assert word is not None
+        yield f"begun {OverUsb.begun}.pid\n\n{word[1]}:0\n".encode()
+
+
+def test_a_phone_on_usb_that_cannot_be_had_or_hangs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(adb, "AdbDeviceUsb", OverUsb)
+    phone = Phone(Address.parse("usb:1A2B3C"), tmp_path)
+    for refuses in (usb1.USBErrorAccess(), usb1.USBErrorBusy(), usb1.USBErrorNoDevice()):
+        monkeypatch.setattr(OverUsb, "refuses", refuses)
+        with pytest.raises(Unreachable, match=type(refuses).__name__):
+            phone.run("true")
+    monkeypatch.setattr(OverUsb, "refuses", None)
+    with pytest.raises(TimedOut):
+        phone.run("sleep 100", timeout_s=0.5)
 
 
 def test_what_a_lost_connection_left_is_killed(connect) -> None:  # type: ignore[no-untyped-def]

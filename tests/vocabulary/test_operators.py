@@ -117,7 +117,7 @@ def test_a_graph_whose_tensors_are_too_much_together_is_refused(operator: Operat
 def test_inputs_that_nothing_holds_are_refused(shape: tuple[int, ...]) -> None:
     """An input that no node reads has no operator to refuse it."""
     operator = Convolution(input=(1, 3, 8, 8), filters=4, kernel=(3, 3))
-    with pytest.raises(ValidationError, match="inputs\n.*(no shape|elements)") as refused:
+    with pytest.raises(ValidationError, match=r"inputs\n.*(no shape|elements)") as refused:
         Network(inputs=(operator.input, shape), nodes=(Node(operator=operator, inputs=(0,)),))
     assert len(refused.value.errors()[0]["msg"]) < 200
 
