@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from device_agents.backends import Backend
-from device_agents.measuring import STOPS, load_canaries
+from device_agents.measuring import STOPS, load_canaries, unsteady
 from device_agents.sampling import half_width, sample, statistic
 from lut_db.errors import MeasurementRefused
 from lut_db.measurements import Evidence, Stop
@@ -75,6 +75,7 @@ def bench_file(
         if record.failure is not None:
             raise record.failure
     facts, refusal = watch.read(plan)
+    refusal = refusal or unsteady(sampled.canary_over_time(plan.statistic), plan)
     if refusal is not None:
         raise MeasurementRefused(refusal.message, field=refusal.cause)
     values = np.array([statistic(record.times_ms, plan.statistic) for record in timed])

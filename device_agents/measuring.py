@@ -137,7 +137,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     )  # fmt: skip
     samples = _samples(graphs, timed, profiles, slowness, profiler_ms, failures, lease.plan)
     over_time = sampled.canary_over_time(lease.plan.statistic)
-    refusal = refusal or _drift("the canary", slowness, lease.plan) or _unsteady(over_time, lease.plan)
+    refusal = refusal or _drift("the canary", slowness, lease.plan) or unsteady(over_time, lease.plan)
     drifts = _network_drifts(samples, lease) if lease.networks else _filler_drifts(samples, lease)
     typical = float(np.median(list(drifts.values()))) if drifts else None
     if typical is not None:
@@ -460,7 +460,7 @@ def _drift(what: str, slowness: float, plan: Plan) -> Failure | None:
     return Failure(cause="drift", message=message)
 
 
-def _unsteady(canary_ms: Sequence[float], plan: Plan) -> Failure | None:
+def unsteady(canary_ms: Sequence[float], plan: Plan) -> Failure | None:
     """Why a lease during which the device changed its speed is refused: graphs that were run before and after have
     their fastest runs from different times."""
     change = max(canary_ms) / min(canary_ms)
