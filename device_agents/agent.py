@@ -157,8 +157,8 @@ class Agent:
             log.warning("lease %d was lost: its results are thrown away", lease.token)
             return
         results = partial(self._request, http, "POST", f"/leases/{lease.token}/results")
-        response = results(allow=(404, 413, 422), content=report.model_dump_json())
-        if response.status_code in (413, 422):  # the next lease would be refused too, and nobody would know why
+        response = results(allow=(404, 413), content=report.model_dump_json())
+        if response.status_code == 413:  # in smaller company they may be told
             report = failed(lease, "error", f"the service does not take the report: {_explain(response)}")
             response = results(allow=(404,), content=report.model_dump_json())
         if response.status_code == 404:

@@ -10,6 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,9 @@ def main() -> None:
     """Measures operators and networks on a device, for a profiling service."""
 
 
+MAX_CORE = 4095
+
+
 def _cores(text: str | None, threads: int) -> tuple[int, ...]:
     if text is None:
         return evidence.default_cores(threads)
@@ -43,7 +47,7 @@ def _cores(text: str | None, threads: int) -> tuple[int, ...]:
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::(\d+))?)?\s*", part)
         first, last, step = (int(number or 0) for number in match.groups()) if match else (0, 0, 0)
-        if match is None or (match[2] and last < first) or (match[3] and not step):
+        if match is None or (match[2] and last < first) or (match[3] and not step) or max(first, last) > MAX_CORE:
             raise InvalidInput(
                 f"{text!r} is no list of cores", field="cores", remedy="like 2,3 or 4-7 or 0-6:2, or any"
             )
@@ -117,7 +121,10 @@ def doctor(backend: str, threads: Threads = 1, cores: Cores = None, setting: Set
     with _explained():
         lacking = False
         options = _options(threads, cores, setting or [])
-        for check in (*backends.check_settings(backend, options), *backends.module(backend).doctor(options)):
+        settings = list(backends.check_settings(backend, options))
+        # With other settings than it can have nothing else can be looked at.
+        others = backends.module(backend).doctor(options) if all(check.ok for check in settings) else ()
+        for check in chain(settings, others):
             typer.echo(f"{'ok  ' if check.ok else 'LACK'}  {check.name}: {check.found}")
             if not check.ok:
                 lacking = True
@@ -136,7 +143,7 @@ def bench(
     runs: Annotated[int, typer.Option(min=1, help="timed runs at most in each session")] = 100,
     sessions: Annotated[int, typer.Option(min=1, help="fresh sessions")] = 3,
     load_tolerance: Annotated[
-        float, typer.Option(min=0.0, help="cores that other processes may use meanwhile")
+        float, typer.Option(min=0.001, help="cores that other processes may use meanwhile")
     ] = WHOLE.load_tolerance,
     json_output: Annotated[bool, typer.Option("--json", help="one JSON object instead of text")] = False,
 ) -> None:

@@ -33,7 +33,9 @@ ENERGY_SESSIONS = 3
 """Sessions of one graph whose energy is counted: it hardly depends on where a runtime placed its memory."""
 
 ENERGY_TRIES = 3
-"""How often the bursts are run where the device was not quiet: an operator without energy would stay without it."""
+ENERGY_AGAIN_S = 60.0
+"""How often the bursts are run where the device was not quiet, unless they take longer than this: an operator without
+energy would stay without it, but a lease has an end."""
 
 KNOWN_SESSIONS = 2
 """Sessions of each known network; there are many of them."""
@@ -147,7 +149,11 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     counted: Evidence = {"absent": "the latencies are refused"}
     if refusal is None:
         progress("counting energy")
-        spare = {id(graph): twin for graph, twin in twins}
+        spare = {
+            id(graph): twin
+            for (graph, twin), record in zip(twins, sampled.graphs[len(loaded) :], strict=True)
+            if record.failure is None
+        }
         asked = [pair for pair in zip(graphs, timed, strict=True) if pair[0].places or pair[0].key in keys]
         energies, counted = _energies(backend, asked, profiles, spare, profiler_ms, lease.plan)
     stops: dict[str, Stop] = {graph.key: record.stop or "max_runs" for graph, record in zip(graphs, timed, strict=True)}
@@ -383,13 +389,15 @@ def _energies(
         return {}, {"absent": "this backend knows of nothing that counts energy"}
     wanted: list[tuple[_Graph, Timed]] = []
     sessions: dict[str, int] = defaultdict(int)
+    most = 1 if backend.starts else ENERGY_SESSIONS
     for graph, record in graphs:
         sessions[graph.network.key] += 1
-        if id(graph) in profiles or (not graph.places and sessions[graph.network.key] <= ENERGY_SESSIONS):
+        if id(graph) in profiles or (not graph.places and sessions[graph.network.key] <= most):
             wanted.append((graph, record))
     if not wanted:
         return {}, {"absent": "no graph could be measured"}
     try:
+        counter = backend.counter()
         bursts = []
         for graph, record in wanted:
             loaded = graph.loaded
@@ -397,8 +405,8 @@ def _energies(
                 loaded = spare.get(id(graph)) or backend.load(graph.network, profile=False)
                 loaded.time(CANARY_WARMUP_RUNS)
             bursts.append(energy.Burst(loaded.time, float(np.median(record.times_ms))))
-        counted = _count(backend, backend.counter(), bursts, plan)
-    except (energy.Absent, Unsupported, LoadFailed) as absent:
+        counted = _count(backend, counter, bursts, plan)
+    except (energy.Absent, Unsupported, LoadFailed, Unreachable) as absent:
         return {}, {"absent": str(absent)}
     found: dict[str, list[float]] = defaultdict(list)
     for (graph, record), joules in zip(wanted, counted.joules, strict=True):
@@ -418,7 +426,10 @@ def _energies(
 def _count(backend: Backend, counter: energy.Counter, bursts: Sequence[energy.Burst], plan: Plan) -> energy.Energies:
     """The joules of bursts, run again where the device was not quiet. Raises Absent where it never is."""
     lack = energy.Absent()
-    for _ in range(ENERGY_TRIES):
+    began = time.perf_counter()
+    for number in range(ENERGY_TRIES):
+        if number and time.perf_counter() - began > number * ENERGY_AGAIN_S:
+            break
         watch = backend.watch()
         try:
             counted = energy.joules_per_run(counter, bursts, starts=backend.starts)

@@ -26,10 +26,12 @@ CANARY_WAKE_RUNS = 6
 CANARY_RUNS = 4
 LOOK_S = 0.02
 """Where graphs are small, the canary is not looked at more often than this."""
+MOST_LOOKS = 8
+"""After a visit of seconds the canary is run longer, for each second as long as else, up to this."""
 PARTS = 4
-LOOKS_OF_A_PART = 5
-"""Into how many parts the time of a lease is cut, each with so many looks at the canary at least, to see whether the
-device kept its speed."""
+LATENCIES_OF_A_PART = 20
+"""Into how many parts the time of a lease is cut, each with so many latencies of the canary at least, to see whether
+the device kept its speed."""
 SETTLED_VISITS = 3
 SETTLED_GAIN = 0.02
 """Relative narrowing of the interval over that many visits below which more runs are no use."""
@@ -104,8 +106,8 @@ class Sampled:
     """The canary's latencies once more, look by look in the order of time, of whichever session it was."""
 
     def canary_over_time(self, name: Statistic) -> list[float]:
-        """The canary's latency in successive parts of the time, each of so many looks that it is one of many runs."""
-        parts = max(1, min(PARTS, len(self.looks_ms) // LOOKS_OF_A_PART))
+        """The canary's latency in successive parts of the time, each of so many latencies that noise does not show."""
+        parts = max(1, min(PARTS, len(self.looks_ms), sum(map(len, self.looks_ms)) // LATENCIES_OF_A_PART))
         return [
             statistic([ms for look_ms in part for ms in look_ms], name)
             for part in (self.looks_ms[len(self.looks_ms) * n // parts : len(self.looks_ms) * (n + 1) // parts]
@@ -155,16 +157,18 @@ def sample(
     timed = [Timed() for _ in graphs]
     canaries_ms: list[list[float]] = [[] for _ in canaries]
     looks_ms: list[list[float]] = []
-    looked = -LOOK_S
+    looked: float | None = None
 
     def look(*, often: bool = True) -> None:
         nonlocal looked
-        if not often and time.perf_counter() - looked < LOOK_S:
+        passed_s = 0.0 if looked is None else time.perf_counter() - looked
+        if not often and looked is not None and passed_s < LOOK_S:
             return
         number = rng.randrange(len(canaries))
         if not starts:
             canaries[number](CANARY_WAKE_RUNS)
-        looks_ms.append(list(canaries[number](plan.round_runs if starts else CANARY_RUNS)))
+        runs = plan.round_runs if starts else CANARY_RUNS * max(1, min(MOST_LOOKS, int(passed_s)))
+        looks_ms.append(list(canaries[number](runs)))
         canaries_ms[number].extend(looks_ms[-1])
         looked = time.perf_counter()
 

@@ -392,7 +392,7 @@ class Android:
             where = self.phone.address
             if not state.tool and self._pushed is not None:  # somebody has cleared the folder
                 self._pushed = None
-                state = self.look()
+                state = self.look(fix_clocks=self.setup.fixed_performance)
             if not state.tool:
                 raise Unreachable(f"{where}: there is no program {self.tool_path()}", remedy=_whence(self.setup.tool))
             if self.setup.fixed_performance and not state.fixed_performance:

@@ -284,6 +284,7 @@ def test_a_speed_that_changes_in_a_lease_is_refused(backend: backends.Backend, m
 
     monkeypatch.setattr(backend, "load", loading)
     monkeypatch.setattr("device_agents.sampling.LOOK_S", 0.0)
+    monkeypatch.setattr("device_agents.sampling.LATENCIES_OF_A_PART", 5)  # benchmark_model tells one at each start
     plan = light(backend, context="isolated", carriers=1, max_runs=120, min_runs=120, round_runs=6)
     asked = lease(backend, plan.model_copy(update={"drift_tolerance": 0.3}), operators=ONE_OF_EACH[:1])
     report = measure(backend, asked)

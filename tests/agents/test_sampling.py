@@ -150,11 +150,26 @@ def test_what_is_slow_does_not_take_more_than_its_time(monkeypatch: pytest.Monke
     assert now - 2 * 3.0 <= 20.0 + 2 * 3.0
 
 
+def test_a_long_visit_is_followed_by_a_long_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(sampling.time, "perf_counter", lambda: now)
+
+    def slow(runs: int) -> list[float]:
+        nonlocal now
+        now += 2.0 * runs
+        return [2000.0] * runs
+
+    plan = Plan(warmup_runs=0, round_runs=2, min_runs=6, settle_runs=6, max_runs=6, max_seconds=60.0)
+    sampled = sample([slow], [lambda runs: [1.0] * runs], plan, seed=0)
+    assert [len(look) for look in sampled.looks_ms] == [CANARY_RUNS, *[CANARY_RUNS * sampling.MOST_LOOKS] * 3]
+    assert len(sampled.canary_over_time("median")) == 4
+
+
 @given(st.lists(st.floats(min_value=0.5, max_value=2.0), min_size=1, max_size=60))
 def test_the_canary_over_time_is_of_all_looks_in_order(speeds: list[float]) -> None:
-    looks = [[speed, speed] for speed in speeds]
+    looks = [[speed] * 4 for speed in speeds]
     parts = sampling.Sampled([], [], looks).canary_over_time("median")
-    assert len(parts) == max(1, min(sampling.PARTS, len(looks) // sampling.LOOKS_OF_A_PART))
+    assert len(parts) == max(1, min(sampling.PARTS, len(looks) // 5))
     assert min(speeds) <= min(parts) <= max(parts) <= max(speeds)
     if speeds == sorted(speeds):
         assert parts == sorted(parts)
