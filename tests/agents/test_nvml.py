@@ -189,6 +189,9 @@ def test_a_gpu_that_is_lost_is_unreachable(library: Library) -> None:
         def __init__(self) -> None:
             self.gpu = nvml.Gpu()
 
+        def target(self) -> Target:
+            return target
+
         def load(self, model: Network, *, profile: bool) -> Watched:
             return self
 
