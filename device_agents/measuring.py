@@ -131,10 +131,13 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     canary_ms = lease.canary_ms or now_ms
     slowness = now_ms / canary_ms
     profiles = _profiles(graphs, failures)
+    plain = [
+        (graph, twin, record)
+        for (graph, twin), record in zip(twins, sampled.graphs[len(loaded) :], strict=True) if record.failure is None
+    ]  # fmt: skip
     profiler_ms = _profiler_cost(
-        [(profiles[id(graph)], timed[graphs.index(graph)], twin)
-         for (graph, _), twin in zip(twins, sampled.graphs[len(loaded) :], strict=True)
-         if id(graph) in profiles and twin.failure is None],
+        [(profiles[id(graph)], timed[graphs.index(graph)], record)
+         for graph, _, record in plain if id(graph) in profiles],
         lease.plan,
     )  # fmt: skip
     samples = _samples(graphs, timed, profiles, slowness, profiler_ms, failures, lease.plan)
@@ -149,11 +152,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     counted: Evidence = {"absent": "the latencies are refused"}
     if refusal is None:
         progress("counting energy")
-        spare = {
-            id(graph): twin
-            for (graph, twin), record in zip(twins, sampled.graphs[len(loaded) :], strict=True)
-            if record.failure is None
-        }
+        spare = {id(graph): twin for graph, twin, _ in plain}
         asked = [pair for pair in zip(graphs, timed, strict=True) if pair[0].places or pair[0].key in keys]
         energies, counted = _energies(backend, asked, profiles, spare, profiler_ms, lease.plan)
     stops: dict[str, Stop] = {graph.key: record.stop or "max_runs" for graph, record in zip(graphs, timed, strict=True)}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from device_agents import ort_profile
 from device_agents.backends import Unreachable, Unsupported
 from device_agents.settings import choice
+from lut_db.targets import Precision
 
 OPTIMIZATION = {
     "all": onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL,
@@ -57,11 +59,18 @@ def open_session(
     model: Model, options: onnxruntime.SessionOptions, provider: str = CPU, provider_options: Mapping[str, str] = {}
 ) -> onnxruntime.InferenceSession:  # fmt: skip
     """A session on a provider; others run what it cannot, as ONNX Runtime decides. Raises Unsupported."""
-    try:
+    with judging():
         # Without enable_fallback=0 a provider that fails is replaced by others, with a line on the terminal.
         return onnxruntime.InferenceSession(
             model, options, providers=[(provider, dict(provider_options))], enable_fallback=0
         )
+
+
+@contextmanager
+def judging() -> Iterator[None]:
+    """Raises, in place of the runtime's exceptions, what they mean."""
+    try:
+        yield
     except Exception as error:  # the runtime's own exceptions have no common class
         raise judged(error) from error
 
@@ -120,12 +129,18 @@ def _placed_elsewhere(
         session = open_session(model, options, provider, provider_options)
         if provider not in session.get_providers():
             raise Unreachable(_did_not_start(provider))
-        try:
-            session.run(None, made_up(session))
-        except Exception as error:  # as above
-            raise judged(error) from error
+        inputs = made_up(session)
+        with judging():
+            session.run(None, inputs)
         events: list[dict[str, Any]] = json.loads(Path(session.end_profiling()).read_text())
     return ort_profile.elsewhere(events, provider)
+
+
+def path_of(model: Path, precision: Precision) -> str:
+    """The path of a file that is to be run. Raises Unsupported where a precision was asked for: a file has its own."""
+    if precision != "fp32":
+        raise Unsupported("a file is run in the precision that it was written in: leave the setting out")
+    return str(model)
 
 
 def made_up(session: onnxruntime.InferenceSession) -> dict[str, NDArray]:

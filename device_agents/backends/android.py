@@ -231,7 +231,7 @@ def _look(phone: adb.Phone, tool_path: str, *, fix_clocks: bool) -> _State:
     fixed = "cmd power set-fixed-performance-mode-enabled true >/dev/null 2>&1; echo $?" if fix_clocks else "echo 1"
     said = phone.run(
         f"echo {mark} properties; getprop; "
-        f"echo {mark} tool; [ -x {tool_path} ] && stat -c '%s %Y' {tool_path} $(ls {_library(tool_path)} 2>/dev/null); "
+        f"echo {mark} tool; [ -x {tool_path} ] && stat -c '%s %Y' {tool_path} {_library(tool_path)}; "
         f"echo {mark} fixed; {fixed}; "
         # One process for all files: there can be a hundred zones.
         f"echo {mark} cores; grep -H . {' '.join(f'{CORES}/{name}' for name in CORE_FILES)} 2>/dev/null; "
@@ -247,8 +247,8 @@ def _look(phone: adb.Phone, tool_path: str, *, fix_clocks: bool) -> _State:
 
 
 def _library(tool_path: str) -> str:
-    """Where ONNX Runtime's library is, unless it is built into the tool."""
-    return f"{tool_path.rpartition('/')[0]}/libonnxruntime.so"
+    """For the phone's shell: ONNX Runtime's library, nothing where it is built into the tool."""
+    return f"$(ls {tool_path.rpartition('/')[0]}/libonnxruntime.so 2>/dev/null)"
 
 
 def _sections(text: str, mark: str) -> dict[str, str]:
@@ -440,8 +440,7 @@ class Android:
         """The tool's hash, with that of ONNX Runtime's library where that lies beside it."""
         if self._tool_seen[0] != seen:
             path = self.tool_path()
-            library = _library(path)
-            files = f"{path} $([ -f {library} ] && echo {library})" if self.setup.tool != "benchmark_model" else path
+            files = f"{path} {_library(path)}" if self.setup.tool != "benchmark_model" else path
             hashes = re.findall(r"^([0-9a-f]{64}) ", self.phone.check(f"sha256sum {files}"), re.MULTILINE)
             if not hashes:
                 raise Unreachable(f"{self.phone.address}: sha256sum does not tell the hash of {path}")

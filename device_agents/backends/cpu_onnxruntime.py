@@ -97,8 +97,6 @@ class CpuOnnxruntime:
         return energy.of_processor(self.options.settings)
 
     def load(self, model: Network | Path, *, profile: bool) -> Loaded:
-        if isinstance(model, Path) and self.precision != "fp32":
-            raise Unsupported("a file is run in the precision that it was written in: leave the setting out")
         return _Session(model, self.options.threads, self.level, profile, self.precision)
 
     def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
@@ -116,7 +114,10 @@ class _Session:
             settings.enable_profiling = True
             settings.profile_file_prefix = os.path.join(self.folder.name, "profile")
             settings.optimized_model_filepath = os.path.join(self.folder.name, "optimized.onnx")
-        said = str(model) if isinstance(model, Path) else to_onnx(model, precision=precision).SerializeToString()
+        said = (
+            ort_session.path_of(model, precision) if isinstance(model, Path)
+            else to_onnx(model, precision=precision).SerializeToString()
+        )  # fmt: skip
         self.session = ort_session.open_session(said, settings)
         if self.folder is not None:
             assert isinstance(model, Network), "only networks can be profiled"
@@ -131,13 +132,11 @@ class _Session:
     def time(self, runs: int) -> list[float]:
         times_ms = []
         self.timed += runs
-        for _ in range(runs):
-            begin = time.perf_counter()
-            try:
+        with ort_session.judging():
+            for _ in range(runs):
+                begin = time.perf_counter()
                 self.session.run_with_iobinding(self.binding)
-            except Exception as error:  # as when it is opened
-                raise ort_session.judged(error) from error
-            times_ms.append((time.perf_counter() - begin) * 1e3)
+                times_ms.append((time.perf_counter() - begin) * 1e3)
         return times_ms
 
     def node_times(self) -> NodeTimes:

@@ -161,9 +161,7 @@ class CudaOnnxruntime:
             raise Unsupported(self.unprofiled)
         if isinstance(model, Network):
             return self._session(to_onnx(model, precision=self.precision, oldest=True).SerializeToString())
-        if self.precision != "fp32":
-            raise Unsupported("a file is run in the precision that it was written in: leave the setting out")
-        return self._session(str(model))
+        return self._session(ort_session.path_of(model, self.precision))
 
     def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
         session = self._session(to_onnx(network, weights, 0, self.precision, oldest=True).SerializeToString())
@@ -212,10 +210,7 @@ class _Session:
         self.sweep = sweep
         self.binding = ort_session.bind(session, "cuda")
         self.binding.synchronize_inputs()
-        try:
-            self.time(1)  # cuDNN tries its algorithms in the first run
-        except Exception as error:  # the runtime's own exceptions have no common class
-            raise ort_session.judged(error) from error
+        self.time(1)  # cuDNN tries its algorithms in the first run
 
     def write(self, values: Sequence[NDArray[np.float32]]) -> None:
         """Fills the inputs."""
@@ -226,16 +221,14 @@ class _Session:
 
     def time(self, runs: int) -> list[float]:
         times_ms = []
-        for _ in range(runs):
-            if self.sweep is not None:
-                self.sweep.run()
-            begin = time.perf_counter()
-            try:
+        with ort_session.judging():
+            for _ in range(runs):
+                if self.sweep is not None:
+                    self.sweep.run()
+                begin = time.perf_counter()
                 self.session.run_with_iobinding(self.binding)
                 self.binding.synchronize_outputs()
-            except Exception as error:  # as when it is opened
-                raise ort_session.judged(error) from error
-            times_ms.append((time.perf_counter() - begin) * 1e3)
+                times_ms.append((time.perf_counter() - begin) * 1e3)
         return times_ms
 
     def node_times(self) -> NodeTimes:

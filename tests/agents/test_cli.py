@@ -12,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
+from device_agents import ort_session
 from device_agents.backends import Options
 from device_agents.cli import _options, app
 from lut_db.canary import canary
@@ -103,8 +104,6 @@ def test_inputs_that_nobody_can_make_up(tmp_path: Path, elements: int, shape: li
 
 
 def test_an_open_batch_is_one_and_integers_are_zeros(tmp_path: Path) -> None:
-    from device_agents import ort_session
-
     session = ort_session.open_session(
         str(file(tmp_path, TensorProto.INT64, ["N", 7])), ort_session.session_options(1, "all")
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -295,42 +295,42 @@ def test_a_speed_that_changes_in_a_lease_is_refused(backend: backends.Backend, m
     assert measure(backend, asked).measurements[0].failure is None
 
 
-@IN_FP32
-def test_what_does_not_load_is_a_failure_and_the_rest_is_measured(
-    backend: backends.Backend, monkeypatch: pytest.MonkeyPatch
+class Failing:
+    """What was loaded, and does not run."""
+
+    def time(self, runs: int) -> list[float]:
+        raise LoadFailed("crashed", "signal 11")
+
+    def node_times(self) -> backends.NodeTimes:
+        raise AssertionError("nothing was profiled")
+
+
+def refused() -> Failing:
+    raise Unsupported("no such thing here")
+
+
+def crashed() -> Failing:
+    raise LoadFailed("crashed", "signal 11")
+
+
+@pytest.mark.parametrize(
+    ("load_bad", "cause"), [(refused, "unsupported"), (crashed, "crashed"), (Failing, "crashed")],
+    ids=["does not load", "crashes its runtime", "fails while it is timed"],
+)  # fmt: skip
+def test_what_fails_is_a_failure_and_the_rest_is_measured(
+    backend: backends.Backend, monkeypatch: pytest.MonkeyPatch, load_bad: Callable[[], backends.Loaded], cause: str
 ) -> None:
     bad, good = ONE_OF_EACH[0], ONE_OF_EACH[4]
     load = backend.load
 
-    def refusing(network: Network, *, profile: bool) -> backends.Loaded:
-        if bad in network.operators:
-            raise Unsupported("no such thing here")
-        return load(network, profile=profile)
+    def loading(network: Network, *, profile: bool) -> backends.Loaded:
+        return load_bad() if bad in network.operators else load(network, profile=profile)
 
-    monkeypatch.setattr(backend, "load", refusing)
+    monkeypatch.setattr(backend, "load", loading)
     plan = light(backend, context="isolated", carriers=1)
     report = measure(backend, lease(backend, plan, operators=(bad, good)))
     assert report.measurements[0].failure is not None
-    assert report.measurements[0].failure.cause == "unsupported"
-    assert report.measurements[1].latency_ms is not None
-
-
-def test_what_crashes_its_runtime_is_a_failure_and_the_rest_is_measured(
-    backend: backends.Backend, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bad, good = ONE_OF_EACH[0], ONE_OF_EACH[4]
-    load = backend.load
-
-    def crashing(network: Network, *, profile: bool) -> backends.Loaded:
-        if bad in network.operators:
-            raise LoadFailed("crashed", "signal 11")
-        return load(network, profile=profile)
-
-    monkeypatch.setattr(backend, "load", crashing)
-    plan = light(backend, context="isolated", carriers=1)
-    report = measure(backend, lease(backend, plan, operators=(bad, good)))
-    assert report.measurements[0].failure is not None
-    assert report.measurements[0].failure.cause == "crashed"
+    assert report.measurements[0].failure.cause == cause
     assert report.measurements[1].latency_ms is not None
 
 
@@ -345,28 +345,6 @@ def test_a_device_that_cannot_run_the_canary_says_nothing_of_operators(
     report = measure(backend, lease(backend, light(backend), operators=ONE_OF_EACH[:2]))
     assert [m.failure.cause for m in report.measurements if m.failure] == ["unreachable"] * 2
     assert report.canary_ms is None
-
-
-@IN_FP32
-def test_what_fails_while_it_is_timed_fails_alone(backend: backends.Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    bad, good = ONE_OF_EACH[0], ONE_OF_EACH[4]
-    load = backend.load
-
-    class Failing:
-        def time(self, runs: int) -> list[float]:
-            raise LoadFailed("crashed", "signal 11")
-
-    def loading(network: Network, *, profile: bool) -> backends.Loaded:
-        if bad.key in {operator.key for operator in network.operators}:
-            return Failing()  # type: ignore[return-value]
-        return load(network, profile=profile)
-
-    monkeypatch.setattr(backend, "load", loading)
-    plan = light(backend, context="isolated", carriers=1)
-    report = measure(backend, lease(backend, plan, operators=(bad, good)))
-    assert report.measurements[0].failure is not None
-    assert report.measurements[0].failure.cause == "crashed"
-    assert report.measurements[1].latency_ms is not None
 
 
 def test_a_profile_adds_up_over_the_nodes(backend: backends.Backend) -> None:

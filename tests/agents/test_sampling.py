@@ -134,33 +134,32 @@ def test_a_graph_that_fails_is_timed_no_more() -> None:
         assert calls.count("bad") == runs
 
 
+class Slow:
+    """A graph whose runs take so many seconds, and the clock that they move on."""
+
+    def __init__(self, seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds = seconds
+        self.now = 0.0
+        monkeypatch.setattr(sampling.time, "perf_counter", lambda: self.now)
+
+    def time(self, runs: int) -> list[float]:
+        self.now += self.seconds * runs
+        return [self.seconds * 1e3] * runs
+
+
 def test_what_is_slow_does_not_take_more_than_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(sampling.time, "perf_counter", lambda: now)
-
-    def slow(runs: int) -> list[float]:
-        nonlocal now
-        now += 3.0 * runs
-        return [3000.0] * runs
-
+    slow = Slow(3.0, monkeypatch)
     plan = Plan(warmup_runs=2, round_runs=10, min_runs=60, settle_runs=80, max_runs=100, max_seconds=20.0)
-    (record,) = sample([slow], [lambda runs: [1.0] * runs], plan, seed=0).graphs
+    (record,) = sample([slow.time], [lambda runs: [1.0] * runs], plan, seed=0).graphs
     assert record.stop == "max_seconds"
     assert 0 < record.done < 10
-    assert now - 2 * 3.0 <= 20.0 + 2 * 3.0
+    assert slow.now - 2 * 3.0 <= 20.0 + 2 * 3.0
 
 
 def test_a_long_visit_is_followed_by_a_long_look(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(sampling.time, "perf_counter", lambda: now)
-
-    def slow(runs: int) -> list[float]:
-        nonlocal now
-        now += 2.0 * runs
-        return [2000.0] * runs
-
+    slow = Slow(2.0, monkeypatch)
     plan = Plan(warmup_runs=0, round_runs=2, min_runs=6, settle_runs=6, max_runs=6, max_seconds=60.0)
-    sampled = sample([slow], [lambda runs: [1.0] * runs], plan, seed=0)
+    sampled = sample([slow.time], [lambda runs: [1.0] * runs], plan, seed=0)
     assert [len(look) for look in sampled.looks_ms] == [CANARY_RUNS, *[CANARY_RUNS * sampling.MOST_LOOKS] * 3]
     assert len(sampled.canary_over_time("median")) == 4
 
