@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import pairwise
 from math import ceil, floor, sqrt
 from statistics import fmean
 
@@ -101,22 +102,27 @@ class Sampled:
     """What `sample` saw: every graph's latencies, and those of each session of the canary, taken all the while."""
 
     graphs: list[Timed]
-    canaries_ms: list[list[float]]
-    looks_ms: list[list[float]]
-    """The canary's latencies once more, look by look in the order of time, of whichever session it was."""
+    looks: list[tuple[int, list[float]]]
+    """Each look at the canary in the order of time: the number of its session, and the latencies."""
+
+    @property
+    def canaries_ms(self) -> list[list[float]]:
+        """The canary's latencies by session."""
+        found: dict[int, list[float]] = {}
+        for number, times_ms in self.looks:
+            found.setdefault(number, []).extend(times_ms)
+        return list(found.values())
 
     def canary_over_time(self, name: Statistic) -> list[float]:
         """The canary's latency in successive parts of the time, each of so many latencies that noise does not show."""
-        parts = max(1, min(PARTS, len(self.looks_ms), sum(map(len, self.looks_ms)) // LATENCIES_OF_A_PART))
-        return [
-            statistic([ms for look_ms in part for ms in look_ms], name)
-            for part in (self.looks_ms[len(self.looks_ms) * n // parts : len(self.looks_ms) * (n + 1) // parts]
-                         for n in range(parts))
-        ]  # fmt: skip
+        looks = [times_ms for _, times_ms in self.looks]
+        parts = max(1, min(PARTS, len(looks), sum(map(len, looks)) // LATENCIES_OF_A_PART))
+        ends = [len(looks) * number // parts for number in range(parts + 1)]
+        return [statistic(np.concatenate(looks[begin:end]), name) for begin, end in pairwise(ends)]
 
     def canary_ms(self, name: Statistic) -> float:
         """The canary's latency: the mean over its sessions of their statistic."""
-        return fmean(statistic(times_ms, name) for times_ms in self.canaries_ms if times_ms)
+        return fmean(statistic(times_ms, name) for times_ms in self.canaries_ms)
 
 
 def decide(timed: Timed, plan: Plan) -> Stop | None:
@@ -155,8 +161,7 @@ def sample(
     """
     rng = random.Random(seed)
     timed = [Timed() for _ in graphs]
-    canaries_ms: list[list[float]] = [[] for _ in canaries]
-    looks_ms: list[list[float]] = []
+    looks: list[tuple[int, list[float]]] = []
     looked: float | None = None
 
     def look(*, often: bool = True) -> None:
@@ -168,8 +173,7 @@ def sample(
         if not starts:
             canaries[number](CANARY_WAKE_RUNS)
         runs = plan.round_runs if starts else CANARY_RUNS * max(1, min(MOST_LOOKS, int(passed_s)))
-        looks_ms.append(list(canaries[number](runs)))
-        canaries_ms[number].extend(looks_ms[-1])
+        looks.append((number, list(canaries[number](runs))))
         looked = time.perf_counter()
 
     def run(number: int, visit: Callable[[Times, Timed], None]) -> None:
@@ -190,7 +194,7 @@ def sample(
             look(often=starts)
             run(number, partial(_visit, plan, 0 if starts else WAKE_RUNS))
     look()
-    return Sampled(timed, canaries_ms, looks_ms)
+    return Sampled(timed, looks)
 
 
 def _warm_up(plan: Plan, graph: Times, timed: Timed) -> None:

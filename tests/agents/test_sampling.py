@@ -160,14 +160,14 @@ def test_a_long_visit_is_followed_by_a_long_look(monkeypatch: pytest.MonkeyPatch
     slow = Slow(2.0, monkeypatch)
     plan = Plan(warmup_runs=0, round_runs=2, min_runs=6, settle_runs=6, max_runs=6, max_seconds=60.0)
     sampled = sample([slow.time], [lambda runs: [1.0] * runs], plan, seed=0)
-    assert [len(look) for look in sampled.looks_ms] == [CANARY_RUNS, *[CANARY_RUNS * sampling.MOST_LOOKS] * 3]
+    assert [len(look) for _, look in sampled.looks] == [CANARY_RUNS, *[CANARY_RUNS * sampling.MOST_LOOKS] * 3]
     assert len(sampled.canary_over_time("median")) == 4
 
 
 @given(st.lists(st.floats(min_value=0.5, max_value=2.0), min_size=1, max_size=60))
 def test_the_canary_over_time_is_of_all_looks_in_order(speeds: list[float]) -> None:
-    looks = [[speed] * 4 for speed in speeds]
-    parts = sampling.Sampled([], [], looks).canary_over_time("median")
+    looks = [(number % 3, [speed] * 4) for number, speed in enumerate(speeds)]
+    parts = sampling.Sampled([], looks).canary_over_time("median")
     assert len(parts) == max(1, min(sampling.PARTS, len(looks) // 5))
     assert min(speeds) <= min(parts) <= max(parts) <= max(speeds)
     if speeds == sorted(speeds):
