@@ -20,6 +20,7 @@ from device_agents import backends, evidence
 from device_agents.agent import Agent, serve_all
 from device_agents.backends import Options
 from device_agents.bench import bench_file
+from device_agents.settings import core_list
 from device_agents.simulated_phone.cli import command as simulated_phone
 from lut_db.errors import InvalidInput, LatencyLabError
 from lut_db.plans import WHOLE
@@ -35,25 +36,13 @@ def main() -> None:
     """Measures operators and networks on a device, for a profiling service."""
 
 
-MAX_CORE = 4095
-
-
 def _cores(text: str | None, threads: int) -> tuple[int, ...]:
     if text is None:
         return evidence.default_cores(threads)
-    if text == "any":
-        return ()
-    found: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::(\d+))?)?\s*", part)
-        first, last, step = (int(number or 0) for number in match.groups()) if match else (0, 0, 0)
-        if match is None or (match[2] and last < first) or (match[3] and not step) or max(first, last) > MAX_CORE:
-            raise InvalidInput(
-                f"{text!r} is no list of cores", field="cores", remedy="like 2,3 or 4-7 or 0-6:2, or any"
-            )
-        found.update(range(first, max(first, last) + 1, step or 1))
-    evidence.check_cores(found, threads)
-    return tuple(sorted(found))
+    found = core_list(text, "cores")
+    if found:
+        evidence.check_cores(found, threads)
+    return found
 
 
 def _settings(pairs: list[str]) -> dict[str, str]:

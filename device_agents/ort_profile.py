@@ -131,8 +131,8 @@ def elsewhere(events: Sequence[Mapping[str, Any]], provider: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def node_times(events: Sequence[Mapping[str, Any]], owners: Owners, nodes: int) -> NodeTimes:
-    """Adds up a profile's events, run by run. Durations in a profile are whole microseconds."""
+def node_times(events: Sequence[Mapping[str, Any]], owners: Owners, nodes: int, tick_ms: float = 1e-3) -> NodeTimes:
+    """Adds up a profile's events, run by run. Durations in a profile are whole ticks, microseconds by default."""
     runs: list[NDArray[np.float64]] = []
     current = np.zeros((2, nodes))
     for event in events:
@@ -141,7 +141,7 @@ def node_times(events: Sequence[Mapping[str, Any]], owners: Owners, nodes: int) 
             if name not in owners:
                 raise Unsupported(f"the profile names a node {name!r} that the optimised graph does not have")
             number, layout = owners[name]
-            milliseconds = event["dur"] / 1e3
+            milliseconds = event["dur"] * tick_ms
             current[0, number] += milliseconds
             if layout:
                 current[1, number] += milliseconds
@@ -152,7 +152,7 @@ def node_times(events: Sequence[Mapping[str, Any]], owners: Owners, nodes: int) 
         raise Unsupported("the profile holds no run")
     times = np.stack(runs)
     events_by_node = np.bincount([number for number, _ in owners.values()], minlength=nodes)
-    return NodeTimes(total_ms=times[:, 0], layout_ms=times[:, 1], events=events_by_node)
+    return NodeTimes(total_ms=times[:, 0], layout_ms=times[:, 1], events=events_by_node, tick_ms=tick_ms)
 
 
 def _is_kernel(event: Mapping[str, Any]) -> bool:

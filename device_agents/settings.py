@@ -1,13 +1,15 @@
-"""Reading a backend's settings, which come as text. All raise InvalidInput with the setting's name."""
+"""Reading settings and options, which come as text. All raise InvalidInput with the field's name."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from lut_db.errors import InvalidInput
 
 Choice = TypeVar("Choice", bound=str)
+MAX_CORE = 4095
 
 
 def choice(given: Mapping[str, str], name: str, choices: Sequence[Choice]) -> Choice:
@@ -34,3 +36,17 @@ def whole(given: Mapping[str, str], name: str, default: int | None = None) -> in
     if not (given[name].isascii() and given[name].isdigit()):
         raise InvalidInput(f"{given[name]!r} is no whole number", field=f"settings.{name}")
     return int(given[name])
+
+
+def core_list(text: str, field: str) -> tuple[int, ...]:
+    """Cores as `taskset` takes them: 2,3 or 4-7 or 0-6:2; none for any."""
+    if text == "any":
+        return ()
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::(\d+))?)?\s*", part, re.ASCII)
+        first, last, step = (int(number or 0) for number in match.groups()) if match else (0, 0, 0)
+        if match is None or (match[2] and last < first) or (match[3] and not step) or max(first, last) > MAX_CORE:
+            raise InvalidInput(f"{text!r} is no list of cores", field=field, remedy="like 2,3 or 4-7 or 0-6:2, or any")
+        found.update(range(first, max(first, last) + 1, step or 1))
+    return tuple(sorted(found))

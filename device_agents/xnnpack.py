@@ -13,9 +13,7 @@ from collections.abc import Collection, Sequence
 from device_agents.backends import Unsupported
 from lut_db.lowering.tflite import ModelOperator
 
-HALF_US = 0.5
-"""XNNPACK tells whole microseconds, rounded down: the middle of what was meant is half a microsecond later."""
-
+HALF = 0.5
 CONVERSION = "Convert"
 UNARY = ("Unary Elementwise",)
 TABLE = ("Invalid Unary Op",)
@@ -62,8 +60,8 @@ CLAMPED_BY_ANOTHER = frozenset({"ADD", "MUL"})
 def attribute(
     ran: Sequence[str], operators: Sequence[ModelOperator], own: Collection[int] = (), *, fp16: bool = False
 ) -> list[tuple[ModelOperator, float]]:
-    """For each name of what XNNPACK ran: the model's operator that it came from, and what rounding took off in
-    microseconds.
+    """For each name of what XNNPACK ran: the model's operator that it came from, and what rounding down to whole ticks
+    of its timer took off, in ticks: half of one, each time that it was done.
 
     `own` are the operators that the runtime ran itself, by their index. In `fp16` XNNPACK converts what it is given and
     what it gives back. Raises Unsupported, naming it, for whatever is not what the others are known to become.
@@ -75,7 +73,7 @@ def attribute(
         if not rest or not rest[0].startswith(tuple(names)):
             return False
         rest.pop(0)
-        found.append((operator, HALF_US * objects))
+        found.append((operator, HALF * objects))
         return True
 
     if fp16 and (wrong := next((name for name in ran if ", F32" in name), None)):
@@ -131,7 +129,7 @@ def _take_conversions(
     # What is returned are the last results, but for networks that return others too.
     makers = list(before[-back:]) if back else []
     makers += list(before[-1:]) * (back - len(makers))
-    found.extend((operator, HALF_US) for operator in (*makers, *given.values()))
+    found.extend((operator, HALF) for operator in (*makers, *given.values()))
     del rest[:count]
 
 

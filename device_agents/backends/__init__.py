@@ -64,12 +64,14 @@ class NodeTimes:
     """What a runtime's own profiler says: a row for each latency that `Loaded.time` returned, a column for each node.
 
     `total_ms` includes `layout_ms`: layout conversions charged to the node. `events[node]` counts the entries of the
-    profile that were added up for a node in one run: each carries the profiler's own cost.
+    profile that were added up for a node in one run: each carries the profiler's own cost. `tick_ms` is what the
+    profiler counts in.
     """
 
     total_ms: NDArray[np.float64]
     layout_ms: NDArray[np.float64]
     events: NDArray[np.int64]
+    tick_ms: float = 1e-3
 
 
 class Loaded(Protocol):

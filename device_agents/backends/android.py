@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from device_agents import adb, benchmark_tools, energy, ort_profile, xnnpack
 from device_agents.backends import Backend, Check, Loaded, LoadFailed, NodeTimes, Options, Unreachable, Unsupported
 from device_agents.benchmark_tools import NotDelegated, Row, ToolFailed
-from device_agents.settings import choice
+from device_agents.settings import choice, core_list
 from lut_db.errors import InvalidInput
 from lut_db.lowering.onnx import to_onnx
 from lut_db.lowering.tflite import ModelOperator, model_operators, to_tflite
@@ -77,7 +77,7 @@ SETTINGS = {
     "tool_file": "the tool on this computer, to be pushed; instead of tool_path",
     "folder": f"where models are put on the phone; {adb.FOLDER} by default",
     "keys": f"folder of the key that phones authorise, made on first use; {KEYS} by default",
-    "cores": "cores of the phone to pin the tool to, like 6,7; any by default (--cores are this computer's)",
+    "cores": "cores of the phone to pin the tool to, like 6,7 or 4-7; any by default (--cores are this computer's)",
     "accelerator": f"one of {', '.join(ACCELERATORS)}; cpu by default",
     "precision": "fp32, int8 or, with benchmark_model on accelerators and with XNNPACK, fp16; fp32 by default",
     "xnnpack": "true or false: whether XNNPACK runs the graph on the CPU; true by default for benchmark_model",
@@ -132,8 +132,9 @@ class _Setup:
         return cls(
             devices=tuple(adb.split(given.get("devices", ""))), tool=tool, tool_path=tool_path,
             tool_file=Path(given["tool_file"]) if "tool_file" in given else None, folder=folder,
-            keys=Path(given.get("keys", KEYS)).expanduser(), threads=options.threads, cores=_cores(given),
-            accelerator=accelerator, precision=precision, xnnpack=xnnpack,
+            keys=Path(given.get("keys", KEYS)).expanduser(), threads=options.threads,
+            cores=core_list(given.get("cores", "any"), "settings.cores"), accelerator=accelerator,
+            precision=precision, xnnpack=xnnpack,
             max_temperature_c=_number(given, "max_temperature_c", MAX_TEMPERATURE_C),
             fixed_performance=_flag(given, "fixed_performance", False),
             timeout_s=_number(given, "timeout_s", TIMEOUT_S),
@@ -161,13 +162,6 @@ def _number(given: dict[str, str], name: str, default: float) -> float:
     if not 0 < value < 1e6:
         raise InvalidInput(f"{value} is out of range", field=f"settings.{name}")
     return value
-
-
-def _cores(given: dict[str, str]) -> tuple[int, ...]:
-    text = given.get("cores", "")
-    if not re.fullmatch(r"(\d{1,3}(,\d{1,3})*)?", text):
-        raise InvalidInput(f"{text!r} is no list of cores", field="settings.cores", remedy="like 6,7")
-    return tuple(sorted({int(core) for core in text.split(",")})) if text else ()
 
 
 def devices(options: Options) -> list[Options]:

@@ -2,8 +2,8 @@
 
 Spoken to through the C interface of the wheel's shared library: a run then is one call without copies, and the
 runtime's own profiler can be read. With XNNPACK it tells the time of each of XNNPACK's operators, from the end of the
-last one to its own, in whole microseconds (`device_agents.xnnpack` says whose they are). Without XNNPACK it counts the
-model's operators itself.
+last one to its own, in whole ticks of its clock (`device_agents.xnnpack` says whose they are). Without XNNPACK it
+counts the model's operators itself.
 
 The profiler keeps room for half a million entries, some 80 MB, in each network loaded with `profile=True`.
 """
@@ -25,7 +25,7 @@ import ai_edge_litert
 import numpy as np
 from numpy.typing import NDArray
 
-from device_agents import energy, evidence
+from device_agents import energy, evidence, fine_clock
 from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
 from device_agents.settings import choice
 from device_agents.xnnpack import attribute
@@ -47,6 +47,7 @@ SETTINGS = {
     "precision": "fp32, int8 or, with XNNPACK on a processor that can, fp16; fp32 by default",
     "xnnpack": "on or off: XNNPACK's kernels or the runtime's own; on by default",
     "huge_pages": "on or off: memory in huge pages; on by default where the system can",
+    **fine_clock.SETTING,
     "powercap": f"the folder in which the system counts energy; {energy.POWERCAP} by default",
 }
 INPUT_SEED = 0
@@ -57,7 +58,9 @@ def create(options: Options) -> Backend:
     if xnnpack not in ("on", "off"):
         raise InvalidInput(f"{xnnpack!r} is neither on nor off", field="settings.xnnpack", remedy="on or off")
     precision = choice(options.settings, "precision", PRECISIONS)
-    backend = CpuLitert(options, xnnpack == "on", evidence.huge_pages(options.settings), precision)
+    backend = CpuLitert(
+        options, xnnpack == "on", evidence.huge_pages(options.settings), precision, fine_clock.wanted(options.settings)
+    )
     if precision == "fp16":
         backend.check_fp16()
     return backend
@@ -78,6 +81,7 @@ def doctor(options: Options) -> Iterator[Check]:
     else:
         yield Check("C interface", True, found)
     yield from evidence.cpu_checks(options.threads, options.cores)
+    yield fine_clock.check(options.settings)
     yield energy.check(lambda: energy.of_processor(options.settings))
 
 
@@ -103,11 +107,14 @@ class _Watch(evidence.CpuWatch):
 class CpuLitert:
     starts = False
 
-    def __init__(self, options: Options, xnnpack: bool, huge_pages: bool, precision: Precision = "fp32"):
+    def __init__(
+        self, options: Options, xnnpack: bool, huge_pages: bool, precision: Precision = "fp32", fine: bool = False
+    ):
         self.options = options
         self.xnnpack = xnnpack
         self.huge_pages = huge_pages
         self.precision: Precision = precision
+        self.fine = fine
 
     def check_fp16(self) -> None:
         """Raises InvalidInput where XNNPACK has no kernels of fp16 for this processor."""
@@ -129,7 +136,7 @@ class CpuLitert:
         )  # fmt: skip
 
     def environment(self) -> dict[str, str]:
-        return evidence.huge_page_environment(self.huge_pages)
+        return evidence.huge_page_environment(self.huge_pages) | fine_clock.environment(self.fine)
 
     def target(self) -> Target:
         return Target(
@@ -205,7 +212,7 @@ class _Option(ctypes.Structure):
 
 
 EVENT = np.dtype(
-    [("tag", np.uint64), ("type", np.int32), ("start_us", np.uint64), ("elapsed_us", np.uint64),
+    [("tag", np.uint64), ("type", np.int32), ("start", np.uint64), ("elapsed", np.uint64),
      ("memory", np.uint64, 6), ("index", np.int64), ("subgraph", np.int64), ("source", np.int32)],
     align=True,
 )  # fmt: skip
@@ -340,6 +347,7 @@ class _Session:
         )  # fmt: skip
         self.profile: _Profile | None = None
         self.timed = 0
+        self.passed_ms = 0.0
         # What a runtime does only in the first run belongs to loading.
         self._run()
         if profile:
@@ -415,6 +423,7 @@ class _Session:
         for _ in range(runs):
             times_ms.append(self._run())
             self.timed += 1
+            self.passed_ms += times_ms[-1]
             if self.profile is not None:
                 self.profile.drain_if_full()
         return times_ms
@@ -424,7 +433,7 @@ class _Session:
         times = self.profile.node_times()
         if len(times.total_ms) != self.timed:
             raise Unsupported(f"the profile tells {len(times.total_ms)} runs of {self.timed}")
-        return times
+        return fine_clock.believed(times, self.passed_ms)
 
 
 def _addresses(tensors: Sequence[_Tensor]) -> ctypes.Array[c_void_p]:
@@ -472,6 +481,7 @@ class _Profile:
         self.profiler = library.make("LiteRtCompiledModelGetProfiler", model)
         if not self.profiler:
             raise Unsupported("LiteRT made no profiler for this network")
+        self.tick_ms = fine_clock.tick_ms(library.path.name)
         self.entries: list[_Entry] | None = None
         self.charges: list[tuple[int, float]] = []
         self.runs: list[NDArray[np.float64]] = []
@@ -487,7 +497,7 @@ class _Profile:
         self._drain()
         times = np.stack(self.runs) if self.runs else np.zeros((0, self.nodes))
         events = np.bincount([node for node, _ in self.charges], minlength=self.nodes)
-        return NodeTimes(total_ms=times, layout_ms=np.zeros_like(times), events=events)
+        return NodeTimes(total_ms=times, layout_ms=np.zeros_like(times), events=events, tick_ms=self.tick_ms)
 
     def _count(self) -> int:
         counted = c_int()
@@ -515,17 +525,17 @@ class _Profile:
                 self.charges = _charges(entries, self.operators, self.backend)
             elif entries != self.entries:
                 raise Unsupported(f"run {len(self.runs)} of the profile differs from the first")
-            elapsed_us = events["elapsed_us"][kept].astype(np.float64)
+            ticks = events["elapsed"][kept].astype(np.float64)
             times_ms = np.zeros(self.nodes)
-            for (node, missing_us), value in zip(self.charges, elapsed_us, strict=True):
-                times_ms[node] += (value + missing_us) / 1e3
+            for (node, lost), value in zip(self.charges, ticks, strict=True):
+                times_ms[node] += (value + lost) * self.tick_ms
             self.runs.append(times_ms)
 
 
 def _charges(
     entries: Sequence[_Entry], operators: Sequence[ModelOperator], backend: CpuLitert
 ) -> list[tuple[int, float]]:
-    """For every entry of a run: the network's node that pays for it, and what its rounding took off in microseconds.
+    """For every entry of a run: the network's node that pays for it, and what its rounding took off, in ticks.
 
     Raises Unsupported where an entry is not one of what the model's operators are known to become.
     """
@@ -550,6 +560,6 @@ def _charges(
         charged[number] = (operators[index].owner, 0.0)
     names = [entries[number].name for number in ran]
     attributed = attribute(names, operators, set(own), fp16=backend.precision == "fp16")
-    for number, (operator, missing_us) in zip(ran, attributed, strict=True):
-        charged[number] = (operator.owner, missing_us)
+    for number, (operator, lost) in zip(ran, attributed, strict=True):
+        charged[number] = (operator.owner, lost)
     return list(charged.values())

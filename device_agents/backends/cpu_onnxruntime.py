@@ -20,7 +20,7 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from device_agents import energy, evidence, ort_profile, ort_session
+from device_agents import energy, evidence, fine_clock, ort_profile, ort_session
 from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
 from device_agents.settings import choice
 from lut_db.errors import InvalidInput
@@ -32,10 +32,14 @@ from lut_db.targets import PRECISIONS, Precision, Target
 INT8_KERNELS = ("all", "extended")
 """Optimisations that put int8 kernels in place of float32 between quantisers."""
 
+LIBRARY = "onnxruntime_pybind11_state"
+"""In the name of the library's file, which has the profiler in it."""
+
 SETTINGS = {
     **ort_session.SETTING,
     "precision": "fp32 or int8; fp32 by default",
     "huge_pages": "on or off: memory in huge pages; on by default where the system can",
+    **fine_clock.SETTING,
     "powercap": f"the folder in which the system counts energy; {energy.POWERCAP} by default",
 }
 
@@ -51,7 +55,9 @@ def create(options: Options) -> Backend:
     if precision == "int8" and level not in INT8_KERNELS:
         raise InvalidInput(f"at {level!r} int8 runs in fp32 kernels", field="settings.graph_optimization",
                            remedy=f"one of {', '.join(INT8_KERNELS)}")  # fmt: skip
-    return CpuOnnxruntime(options, level, evidence.huge_pages(options.settings), precision)
+    return CpuOnnxruntime(
+        options, level, evidence.huge_pages(options.settings), precision, fine_clock.wanted(options.settings)
+    )
 
 
 def doctor(options: Options) -> Iterator[Check]:
@@ -59,20 +65,24 @@ def doctor(options: Options) -> Iterator[Check]:
     providers = onnxruntime.get_available_providers()
     yield Check("CPU provider", "CPUExecutionProvider" in providers, ", ".join(providers), "pip install onnxruntime")
     yield from evidence.cpu_checks(options.threads, options.cores)
+    yield fine_clock.check(options.settings)
     yield energy.check(lambda: energy.of_processor(options.settings))
 
 
 class CpuOnnxruntime:
     starts = False
 
-    def __init__(self, options: Options, level: str, huge_pages: bool, precision: Precision = "fp32"):
+    def __init__(
+        self, options: Options, level: str, huge_pages: bool, precision: Precision = "fp32", fine: bool = False
+    ):
         self.options = options
         self.level = level
         self.huge_pages = huge_pages
         self.precision: Precision = precision
+        self.fine = fine
 
     def environment(self) -> dict[str, str]:
-        return evidence.huge_page_environment(self.huge_pages)
+        return evidence.huge_page_environment(self.huge_pages) | fine_clock.environment(self.fine)
 
     def target(self) -> Target:
         return Target(
@@ -126,8 +136,10 @@ class _Session:
             optimized = Path(settings.optimized_model_filepath)
             self.owners = ort_profile.owners_in_graph(onnx.load(optimized).graph, model)
             optimized.unlink()
+            self.tick_ms = fine_clock.tick_ms(LIBRARY)
         self.binding = ort_session.bind(self.session)
         self.timed = 0
+        self.passed_ms = 0.0
 
     def time(self, runs: int) -> list[float]:
         times_ms = []
@@ -137,6 +149,7 @@ class _Session:
                 begin = time.perf_counter()
                 self.session.run_with_iobinding(self.binding)
                 times_ms.append((time.perf_counter() - begin) * 1e3)
+        self.passed_ms += sum(times_ms)
         return times_ms
 
     def node_times(self) -> NodeTimes:
@@ -144,7 +157,7 @@ class _Session:
         path = Path(self.session.end_profiling())
         events = json.loads(path.read_text())
         self.folder.cleanup()
-        times = ort_profile.node_times(events, self.owners, self.nodes)
+        times = ort_profile.node_times(events, self.owners, self.nodes, self.tick_ms)
         if len(times.total_ms) != self.timed:  # it keeps a million events
             raise Unsupported(f"ONNX Runtime's profile tells {len(times.total_ms)} of {self.timed} runs: plan fewer")
-        return times
+        return fine_clock.believed(times, self.passed_ms)

@@ -116,7 +116,7 @@ def test_a_target_names_what_a_latency_depends_on(make, simulated: RunningPhone)
 
 
 def test_the_tool_is_pinned_to_cores(make, simulated: RunningPhone) -> None:  # type: ignore[no-untyped-def]
-    make(cores="6,7").load(small(), profile=False)
+    make(cores="6-7").load(small(), profile=False)
     assert any("taskset c0 /data/local/tmp/benchmark_model" in line for line in history(simulated, "shell"))
 
 
