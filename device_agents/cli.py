@@ -31,6 +31,9 @@ app = typer.Typer(
 )  # fmt: skip
 
 
+RESTARTED = "LATENCY_LAB_RESTARTED"
+
+
 @app.callback()
 def main() -> None:
     """Measures operators and networks on a device, for a profiling service."""
@@ -142,7 +145,14 @@ def bench(
         measuring = backends.create(backend, options)
         environment = measuring.environment()
         if any(os.environ.get(name) != value for name, value in environment.items()):
-            os.execve(sys.executable, sys.orig_argv, os.environ | environment)  # some are read only at the start
+            if RESTARTED in os.environ:
+                names = ", ".join(environment)
+                raise InvalidInput(
+                    f"this system does not let a command keep {names}", field="settings",
+                    remedy="huge_pages=off and fine_clock=off",
+                )  # fmt: skip
+            # Some are read only at the start.
+            os.execve(sys.executable, sys.orig_argv, os.environ | environment | {RESTARTED: "1"})
         if options.cores:
             os.sched_setaffinity(0, options.cores)
         result = bench_file(measuring, model, runs, sessions, load_tolerance)

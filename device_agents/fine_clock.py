@@ -13,117 +13,173 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from device_agents.backends import Check, NodeTimes, Unsupported
+from device_agents.backends import Check, NodeTimes, Unreachable, Unsupported
 from lut_db.errors import InvalidInput
 
 SETTING = {"fine_clock": "on or off: profiles in nanoseconds; on by default where there is a C compiler"}
 SOURCE = Path(__file__).with_suffix(".c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O2", "-shared", "-fPIC")
-COMPILE_LIMIT_S = 60.0
+LIMIT_S = 60.0
 PRELOAD = "LD_PRELOAD"
-REMEDY = "apt install gcc, or name another C compiler in the variable CC"
+SEPARATORS = " :"
+PROBE = "import ctypes; ctypes.CDLL(None).latency_lab_fine_clock"
 MICROSECOND_MS = 1e-3
-LEAST_SHARE = 1 / 200
-"""Share of a run's time that a profile's entries make at least: those of a convolution of a microsecond make a
-twentieth, microseconds taken for nanoseconds a thousandth."""
-
 ROUNDING = 1.01
-"""Beside a tick for each entry."""
+"""How far a profile's sum may be beyond the time that passed, beside a tick for each entry."""
 
 
-class _Lack(Exception):
-    """Why there is no fine clock."""
+@dataclass(frozen=True)
+class _Lack:
+    """Why there is no fine clock, and what to do about it."""
+
+    why: str
+    remedy: str
 
 
 @cache
 def _built() -> Path | _Lack:
-    """The compiled library, kept in the user's cache."""
-    if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
-        return _Lack("it takes Linux and glibc")
-    compiler = next(filter(None, map(shutil.which, filter(None, (os.environ.get("CC"), *COMPILERS)))), None)
-    source = SOURCE.read_bytes()
-    name = hashlib.sha256(source + " ".join((platform.machine(), *FLAGS)).encode()).hexdigest()[:16]
+    """The compiled library, kept in the user's cache and tried out."""
+    system, version = platform.libc_ver()
+    if sys.platform != "linux" or system != "glibc":
+        return _Lack("it takes Linux and glibc", "measure in microseconds, fine_clock=off")
+    kept = "make the user's cache folder writable, or name another in XDG_CACHE_HOME"
     try:
+        said = "\0".join((SOURCE.read_text(), platform.machine(), version, *FLAGS))
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latency-lab"
-        library = folder / f"fine-clock-{name}.so"
-        if library.exists():
+        library = folder / f"fine-clock-{hashlib.sha256(said.encode()).hexdigest()[:16]}.so"
+        if set(SEPARATORS) & set(str(library)):
+            return _Lack(
+                f"{PRELOAD} cannot name {library}", "name a folder without spaces and colons in XDG_CACHE_HOME"
+            )
+        if library.exists() and _trouble(library) is None:
             return library
+        compiler = _compiler()
         if compiler is None:
-            return _Lack("there is no C compiler")
+            return _Lack("there is no C compiler", "apt install gcc, or name one in the variable CC")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as made:
             partial = Path(made) / library.name
-            subprocess.run(
-                [compiler, *FLAGS, "-o", str(partial), str(SOURCE), "-ldl"],
-                check=True, capture_output=True, text=True, timeout=COMPILE_LIMIT_S,
-            )  # fmt: skip
+            command = [*compiler, *FLAGS, "-o", str(partial), str(SOURCE), "-ldl"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+            if done.returncode:
+                return _Lack(
+                    f"{shlex.join(compiler)} does not compile {SOURCE}: {done.stderr.strip()[-500:]}",
+                    "a working C compiler, named in the variable CC",
+                )
+            if trouble := _trouble(partial):
+                return _Lack(f"what {shlex.join(compiler)} made does not run: {trouble}", kept)
             partial.replace(library)
-    except subprocess.CalledProcessError as error:
-        return _Lack(f"{compiler} does not compile it: {error.stderr.strip()[-500:]}")
     except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # RuntimeError: a user without a home
-        return _Lack(str(error))
+        return _Lack(str(error), kept)
     return library
 
 
-def wanted(settings: Mapping[str, str]) -> bool:
-    """Whether profiles are to be in nanoseconds: as the setting `fine_clock` says, or else where they can.
+def _compiler() -> list[str] | None:
+    if said := os.environ.get("CC"):
+        return shlex.split(said)
+    return next(([compiler] for compiler in COMPILERS if shutil.which(compiler)), None)
 
-    Raises InvalidInput for another setting than on and off, and where there is no fine clock.
-    """
+
+def _trouble(library: Path) -> str | None:
+    """What goes wrong in a process that is started with a library, if anything does: one made for another system or cut
+    off ends it, one in a folder from which nothing may run is left out."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", PROBE], env=os.environ | {PRELOAD: str(library)}, capture_output=True,
+        text=True, timeout=LIMIT_S, check=False,
+    )  # fmt: skip
+    return (done.stderr.strip()[-500:] or f"it ends with {done.returncode}") if done.returncode else None
+
+
+def _said(settings: Mapping[str, str]) -> str | None:
     said = settings.get("fine_clock")
     if said not in (None, "on", "off"):
         raise InvalidInput(f"{said!r} is neither on nor off", field="settings.fine_clock", remedy="on or off")
-    if said == "off":
-        return False
-    built = _built()
-    if isinstance(built, _Lack) and said == "on":
-        raise InvalidInput(f"no fine clock here: {built}", field="settings.fine_clock", remedy=f"{REMEDY}; or off")
-    return isinstance(built, Path)
+    return said
 
 
-def environment(wanted: bool) -> dict[str, str]:
-    """The environment in which a process can have a fine clock, from its start."""
+def check_setting(settings: Mapping[str, str]) -> None:
+    """Raises InvalidInput for another setting `fine_clock` than on and off, and where it is on and cannot be had."""
+    if _said(settings) != "on" or _preloaded() is not None:
+        return
     built = _built()
-    if not wanted or isinstance(built, _Lack):
-        return {}
-    others = [item for item in os.environ.get(PRELOAD, "").replace(" ", ":").split(":") if item not in ("", str(built))]
-    return {PRELOAD: ":".join([str(built), *others])}
+    if isinstance(built, _Lack):
+        raise InvalidInput(
+            f"no fine clock here: {built.why}", field="settings.fine_clock", remedy=f"{built.remedy}; or off"
+        )
 
 
 def check(settings: Mapping[str, str]) -> Check:
-    if settings.get("fine_clock") == "off":
+    """What the doctor says: without the fine clock it can be measured, if less well."""
+    if _said(settings) == "off":
         return Check("fine clock", True, "off: profiles are in microseconds")
     built = _built()
     if isinstance(built, Path):
         return Check("fine clock", True, f"{built}: profiles are in nanoseconds")
-    return Check("fine clock", True, f"none, profiles are in microseconds: {built}. {REMEDY}")
+    return Check("fine clock", True, f"none, profiles are in microseconds: {built.why}. To have it: {built.remedy}")
 
 
-def tick_ms(library: str) -> float:
-    """What the profiler in a library counts in, which gets the fine clock if this process was started with one.
+def environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """The environment in which a process can have a fine clock, from its start."""
+    built = _Lack("off", "") if _said(settings) == "off" else _built()
+    if isinstance(built, _Lack):
+        return {}
+    given = os.environ.get(PRELOAD, "").replace(" ", ":").split(":")
+    return {PRELOAD: ":".join([str(built), *(item for item in given if item not in ("", str(built)))])}
 
-    `library` is part of the name of its file, which must have been loaded.
+
+def _preloaded() -> ctypes.CDLL | None:
+    """This process's libraries, where the fine clock is one of them."""
+    libraries = ctypes.CDLL(None)
+    if not hasattr(libraries, "latency_lab_fine_clock"):
+        return None
+    libraries.latency_lab_fine_clock_readings.restype = ctypes.c_int64
+    return libraries
+
+
+class Clock:
+    """What the profiler of one session counts in.
+
+    `library` is part of the name of the file that has the profiler in it, which must have been loaded. It gets the fine
+    clock if this process was started with one. Raises Unreachable where the setting says so and it was not.
     """
-    serve = getattr(ctypes.CDLL(None), "latency_lab_fine_clock", None)
-    factor = 0 if serve is None else int(serve(library.encode()))
-    return MICROSECOND_MS / factor if factor else MICROSECOND_MS
 
+    def __init__(self, library: str, settings: Mapping[str, str]):
+        said = _said(settings)
+        self.libraries = None if said == "off" else _preloaded()
+        factor = 1 if self.libraries is None else int(self.libraries.latency_lab_fine_clock(library.encode()))
+        if factor == 1 and said == "on":
+            raise Unreachable(
+                f"fine_clock=on, but this process was started without its library, or {library} is not in it: start "
+                "the agent again, or set fine_clock=off"
+            )
+        self.tick_ms = MICROSECOND_MS / max(factor, 1)
+        self.before = self._readings()
 
-def believed(times: NodeTimes, passed_ms: float) -> NodeTimes:
-    """A profile of runs that took so long in all. Raises Unsupported where it tells more time than passed, or so little
-    that it was not in the unit it was taken to be in."""
-    told_ms = float(times.total_ms.sum())
-    least_ms = LEAST_SHARE * passed_ms if times.tick_ms < MICROSECOND_MS else 0.0
-    rounded_ms = times.tick_ms * len(times.total_ms) * float(times.events.sum())
-    if not least_ms <= told_ms <= ROUNDING * passed_ms + rounded_ms:
-        raise Unsupported(f"the profile tells {told_ms:.3g} ms of runs that took {passed_ms:.3g} ms")
-    return times
+    def _readings(self) -> int:
+        return 0 if self.libraries is None else int(self.libraries.latency_lab_fine_clock_readings())
+
+    def believed(self, times: NodeTimes, passed_ms: float) -> NodeTimes:
+        """A profile of runs that took so long in all. Raises Unsupported where it was not taken by the clock that it
+        was given, or tells more time than passed."""
+        entries = len(times.total_ms) * int(times.events.sum())
+        read = self._readings() - self.before
+        if self.tick_ms < MICROSECOND_MS and read < entries:
+            raise Unsupported(
+                f"the profiler read the fine clock {read} times for {entries} entries: it has another; set "
+                "fine_clock=off"
+            )
+        told_ms = float(times.total_ms.sum())
+        if told_ms > ROUNDING * passed_ms + entries * self.tick_ms:
+            raise Unsupported(f"the profile tells {told_ms:.4g} ms of runs that took {passed_ms:.4g} ms")
+        return times

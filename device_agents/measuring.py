@@ -53,6 +53,9 @@ STRAY = 0.05
 CERTAIN = 0.02
 """Relative spread between carriers below which one known operator says no more than another."""
 
+TICK_MS = 1e-3
+"""What profilers count in, those of a table's oldest rows at least."""
+
 MIN_VOICES = 3
 """How many equally certain operators must speak for a drift."""
 
@@ -140,8 +143,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     samples = _samples(graphs, timed, profiles, slowness, profiler_ms, failures, lease.plan)
     over_time = sampled.canary_over_time(lease.plan.statistic)
     refusal = refusal or _drift("the canary", slowness, lease.plan) or unsteady(over_time, lease.plan)
-    tick_ms = max((profile.tick_ms for profile in profiles.values()), default=0.0)
-    drifts = _network_drifts(samples, lease) if lease.networks else _filler_drifts(samples, lease, tick_ms)
+    drifts = _network_drifts(samples, lease) if lease.networks else _filler_drifts(samples, lease)
     typical = float(np.median(list(drifts.values()))) if drifts else None
     if typical is not None:
         refusal = refusal or _drift("what the table knows", typical, lease.plan)
@@ -180,8 +182,8 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         "seconds": round(time.perf_counter() - began, 3),
         "seconds_in_kernels": round(sum(sum(record.times_ms) for record in timed) / 1e3, 3),
     }
-    if profiles:
-        facts["profiler_tick_us"] = round(tick_ms * 1e3, 4)
+    if ticks_ms := [profile.tick_ms for profile in profiles.values() if profile.tick_ms is not None]:
+        facts["profiler_tick_us"] = round(max(ticks_ms) * 1e3, 4)
     if typical is not None:
         facts["known_drift"] = round(typical, 4)
     return Report(
@@ -496,9 +498,7 @@ def _ratios(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> dict
     return found
 
 
-def _filler_drifts(
-    samples: dict[str, list[tuple[Samples, str]]], lease: Lease, tick_ms: float
-) -> dict[str, float]:  # fmt: skip
+def _filler_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> dict[str, float]:
     """How far this lease is from its table, the same for every operator; empty where too few are known.
 
     A canary shows how fast a device computes. How busy its memory is with other things it shows less well than
@@ -509,11 +509,11 @@ def _filler_drifts(
         return {}
     known_ms = np.array([lease.known_ms[key] for key in known])
     ratios, spreads = np.array(list(known.values())).T
-    return dict.fromkeys(samples, believed_drift(ratios, spreads, known_ms, tick_ms))
+    return dict.fromkeys(samples, believed_drift(ratios, spreads, known_ms))
 
 
 def believed_drift(
-    ratios: NDArray[np.float64], spreads: NDArray[np.float64], known_ms: NDArray[np.float64], tick_ms: float
+    ratios: NDArray[np.float64], spreads: NDArray[np.float64], known_ms: NDArray[np.float64]
 ) -> float:  # fmt: skip
     """The drift that known operators show, from what each takes now over what the table says.
 
@@ -523,7 +523,7 @@ def believed_drift(
     would speak for all.
     """
     logs = np.log(ratios)
-    weights = 1 / ((CERTAIN + spreads) ** 2 + (tick_ms / known_ms) ** 2)
+    weights = 1 / ((CERTAIN + spreads) ** 2 + (TICK_MS / known_ms) ** 2)
     weights /= weights.sum()
     share = float(weights @ weights)
     if share > 1 / MIN_VOICES:

@@ -44,7 +44,7 @@ def core_list(text: str, field: str) -> tuple[int, ...]:
         return ()
     found: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::(\d+))?)?\s*", part, re.ASCII)
+        match = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4})(?::(\d{1,4}))?)?\s*", part, re.ASCII)
         first, last, step = (int(number or 0) for number in match.groups()) if match else (0, 0, 0)
         if match is None or (match[2] and last < first) or (match[3] and not step) or max(first, last) > MAX_CORE:
             raise InvalidInput(f"{text!r} is no list of cores", field=field, remedy="like 2,3 or 4-7 or 0-6:2, or any")

@@ -65,13 +65,13 @@ class NodeTimes:
 
     `total_ms` includes `layout_ms`: layout conversions charged to the node. `events[node]` counts the entries of the
     profile that were added up for a node in one run: each carries the profiler's own cost. `tick_ms` is what the
-    profiler counts in.
+    profiler counts in, where that is known.
     """
 
     total_ms: NDArray[np.float64]
     layout_ms: NDArray[np.float64]
     events: NDArray[np.int64]
-    tick_ms: float = 1e-3
+    tick_ms: float | None = None
 
 
 class Loaded(Protocol):

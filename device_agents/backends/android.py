@@ -59,6 +59,9 @@ THROTTLED = 1
 """The lowest thermal status of Android at which it throttles (1 light … 6 shutdown)."""
 FORCE_FP16 = "xnnpack_force_fp16"
 """benchmark_model's flag, in its newer builds."""
+TICK_MS = 1e-3
+"""Of the tools' timers."""
+
 TIMEOUT_S = 120.0
 """A tool may take this long beside its runs, and SLOWER times as long for a run as it took at first."""
 SLOWER = 20.0
@@ -750,12 +753,12 @@ def _tflite_times(
         raise Unsupported("the profile does not tell the times of what a delegate ran")
     charged = [(row, operators[index], 0.0) for index, row in own.items()]
     attributed = xnnpack.attribute([row.type for row in inside], operators, own, fp16=fp16)
-    for row, (operator, missing_us) in zip(inside, attributed, strict=True):
-        charged.append((row, operator, missing_us))
+    for row, (operator, lost) in zip(inside, attributed, strict=True):
+        charged.append((row, operator, lost))
     times_ms = np.zeros((1, len(network.nodes)))
     events = np.zeros(len(network.nodes), dtype=np.int64)
-    for row, operator, missing_us in charged:
-        times_ms[0, operator.owner] += row.mean_ms + missing_us / 1e3
+    for row, operator, lost in charged:
+        times_ms[0, operator.owner] += row.mean_ms + lost * TICK_MS
         events[operator.owner] += 1
     return NodeTimes(total_ms=times_ms, layout_ms=np.zeros_like(times_ms), events=events)
 

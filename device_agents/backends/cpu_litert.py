@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -58,9 +58,8 @@ def create(options: Options) -> Backend:
     if xnnpack not in ("on", "off"):
         raise InvalidInput(f"{xnnpack!r} is neither on nor off", field="settings.xnnpack", remedy="on or off")
     precision = choice(options.settings, "precision", PRECISIONS)
-    backend = CpuLitert(
-        options, xnnpack == "on", evidence.huge_pages(options.settings), precision, fine_clock.wanted(options.settings)
-    )
+    fine_clock.check_setting(options.settings)
+    backend = CpuLitert(options, xnnpack == "on", evidence.huge_pages(options.settings), precision)
     if precision == "fp16":
         backend.check_fp16()
     return backend
@@ -70,10 +69,8 @@ def doctor(options: Options) -> Iterator[Check]:
     version = metadata.version(PACKAGE)
     yield Check(PACKAGE, version.startswith(SERIES), version, f"pip install '{PACKAGE}=={SERIES}*'")
     try:
-        session = _Session(
-            Network.of(_PROBE), CpuLitert(options, options.settings.get("xnnpack", "on") == "on", False), True
-        )
-        session.time(1)
+        backend = CpuLitert(options, options.settings.get("xnnpack", "on") == "on", False)
+        session = backend.probe()
         found = f"{_library().path.name}, {_profiler_name(session.backend.xnnpack)} answers"
         session.node_times()
     except (OSError, AttributeError, InvalidInput, Unsupported) as error:
@@ -107,22 +104,18 @@ class _Watch(evidence.CpuWatch):
 class CpuLitert:
     starts = False
 
-    def __init__(
-        self, options: Options, xnnpack: bool, huge_pages: bool, precision: Precision = "fp32", fine: bool = False
-    ):
+    def __init__(self, options: Options, xnnpack: bool, huge_pages: bool, precision: Precision = "fp32"):
         self.options = options
         self.xnnpack = xnnpack
         self.huge_pages = huge_pages
         self.precision: Precision = precision
-        self.fine = fine
 
     def check_fp16(self) -> None:
         """Raises InvalidInput where XNNPACK has no kernels of fp16 for this processor."""
         why = "the runtime's own kernels are of fp32 and int8"
         if self.xnnpack:
             try:
-                session = _Session(Network.of(_PROBE), self, True)
-                session.time(1)
+                session = self.probe()
                 session.node_times()
                 assert session.profile is not None
                 if any(FP16_KERNEL in entry.name for entry in session.profile.entries or ()):
@@ -135,8 +128,16 @@ class CpuLitert:
             remedy="fp32 or int8; fp16 takes xnnpack=on and F16C and AVX2 (x86) or FEAT_FP16 (Arm v8.2)",
         )  # fmt: skip
 
+    def probe(self) -> _Session:
+        """A profiled session that ran once, in whatever process: one that was not started to measure has no fine
+        clock."""
+        options = replace(self.options, settings={**self.options.settings, "fine_clock": "off"})
+        session = _Session(Network.of(_PROBE), CpuLitert(options, self.xnnpack, self.huge_pages, self.precision), True)
+        session.time(1)
+        return session
+
     def environment(self) -> dict[str, str]:
-        return evidence.huge_page_environment(self.huge_pages) | fine_clock.environment(self.fine)
+        return evidence.huge_page_environment(self.huge_pages) | fine_clock.environment(self.options.settings)
 
     def target(self) -> Target:
         return Target(
@@ -433,7 +434,7 @@ class _Session:
         times = self.profile.node_times()
         if len(times.total_ms) != self.timed:
             raise Unsupported(f"the profile tells {len(times.total_ms)} runs of {self.timed}")
-        return fine_clock.believed(times, self.passed_ms)
+        return self.profile.clock.believed(times, self.passed_ms)
 
 
 def _addresses(tensors: Sequence[_Tensor]) -> ctypes.Array[c_void_p]:
@@ -481,7 +482,7 @@ class _Profile:
         self.profiler = library.make("LiteRtCompiledModelGetProfiler", model)
         if not self.profiler:
             raise Unsupported("LiteRT made no profiler for this network")
-        self.tick_ms = fine_clock.tick_ms(library.path.name)
+        self.clock = fine_clock.Clock(library.path.name, backend.options.settings)
         self.entries: list[_Entry] | None = None
         self.charges: list[tuple[int, float]] = []
         self.runs: list[NDArray[np.float64]] = []
@@ -497,7 +498,7 @@ class _Profile:
         self._drain()
         times = np.stack(self.runs) if self.runs else np.zeros((0, self.nodes))
         events = np.bincount([node for node, _ in self.charges], minlength=self.nodes)
-        return NodeTimes(total_ms=times, layout_ms=np.zeros_like(times), events=events, tick_ms=self.tick_ms)
+        return NodeTimes(total_ms=times, layout_ms=np.zeros_like(times), events=events, tick_ms=self.clock.tick_ms)
 
     def _count(self) -> int:
         counted = c_int()
@@ -528,7 +529,7 @@ class _Profile:
             ticks = events["elapsed"][kept].astype(np.float64)
             times_ms = np.zeros(self.nodes)
             for (node, lost), value in zip(self.charges, ticks, strict=True):
-                times_ms[node] += (value + lost) * self.tick_ms
+                times_ms[node] += (value + lost) * self.clock.tick_ms
             self.runs.append(times_ms)
 
 

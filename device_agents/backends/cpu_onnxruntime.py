@@ -55,9 +55,8 @@ def create(options: Options) -> Backend:
     if precision == "int8" and level not in INT8_KERNELS:
         raise InvalidInput(f"at {level!r} int8 runs in fp32 kernels", field="settings.graph_optimization",
                            remedy=f"one of {', '.join(INT8_KERNELS)}")  # fmt: skip
-    return CpuOnnxruntime(
-        options, level, evidence.huge_pages(options.settings), precision, fine_clock.wanted(options.settings)
-    )
+    fine_clock.check_setting(options.settings)
+    return CpuOnnxruntime(options, level, evidence.huge_pages(options.settings), precision)
 
 
 def doctor(options: Options) -> Iterator[Check]:
@@ -72,17 +71,14 @@ def doctor(options: Options) -> Iterator[Check]:
 class CpuOnnxruntime:
     starts = False
 
-    def __init__(
-        self, options: Options, level: str, huge_pages: bool, precision: Precision = "fp32", fine: bool = False
-    ):
+    def __init__(self, options: Options, level: str, huge_pages: bool, precision: Precision = "fp32"):
         self.options = options
         self.level = level
         self.huge_pages = huge_pages
         self.precision: Precision = precision
-        self.fine = fine
 
     def environment(self) -> dict[str, str]:
-        return evidence.huge_page_environment(self.huge_pages) | fine_clock.environment(self.fine)
+        return evidence.huge_page_environment(self.huge_pages) | fine_clock.environment(self.options.settings)
 
     def target(self) -> Target:
         return Target(
@@ -107,7 +103,7 @@ class CpuOnnxruntime:
         return energy.of_processor(self.options.settings)
 
     def load(self, model: Network | Path, *, profile: bool) -> Loaded:
-        return _Session(model, self.options.threads, self.level, profile, self.precision)
+        return _Session(model, self.options, self.level, profile, self.precision)
 
     def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
         model = to_onnx(network, weights, precision=self.precision, samples=[inputs]).SerializeToString()
@@ -117,8 +113,8 @@ class CpuOnnxruntime:
 
 
 class _Session:
-    def __init__(self, model: Network | Path, threads: int, level: str, profile: bool, precision: Precision):
-        settings = ort_session.session_options(threads, level)
+    def __init__(self, model: Network | Path, options: Options, level: str, profile: bool, precision: Precision):
+        settings = ort_session.session_options(options.threads, level)
         self.folder = tempfile.TemporaryDirectory(prefix="onnxruntime-") if profile else None
         if self.folder is not None:
             settings.enable_profiling = True
@@ -136,7 +132,7 @@ class _Session:
             optimized = Path(settings.optimized_model_filepath)
             self.owners = ort_profile.owners_in_graph(onnx.load(optimized).graph, model)
             optimized.unlink()
-            self.tick_ms = fine_clock.tick_ms(LIBRARY)
+            self.clock = fine_clock.Clock(LIBRARY, options.settings)
         self.binding = ort_session.bind(self.session)
         self.timed = 0
         self.passed_ms = 0.0
@@ -157,7 +153,7 @@ class _Session:
         path = Path(self.session.end_profiling())
         events = json.loads(path.read_text())
         self.folder.cleanup()
-        times = ort_profile.node_times(events, self.owners, self.nodes, self.tick_ms)
+        times = ort_profile.node_times(events, self.owners, self.nodes, self.clock.tick_ms)
         if len(times.total_ms) != self.timed:  # it keeps a million events
             raise Unsupported(f"ONNX Runtime's profile tells {len(times.total_ms)} of {self.timed} runs: plan fewer")
-        return fine_clock.believed(times, self.passed_ms)
+        return self.clock.believed(times, self.passed_ms)

@@ -16,10 +16,11 @@ import pytest
 from device_agents import backends, fine_clock
 from device_agents.agent import Agent
 from device_agents.backends import NodeTimes, Options, Unsupported
+from device_agents.child import Job
 from lut_db.errors import InvalidInput
-from lut_db.operators import Convolution, GlobalPool, Operator
+from lut_db.operators import Convolution, GlobalPool, Linear, Operator
 from lut_db.plans import Plan
-from lut_db.wire import Lease
+from lut_db.wire import Lease, Report
 
 ANY_LOAD, ANY_SPEED = 64, 50
 OPERATORS: tuple[Operator, ...] = (
@@ -27,6 +28,8 @@ OPERATORS: tuple[Operator, ...] = (
     Convolution(input=(1, 16, 28, 28), filters=32, kernel=(1, 1), activation="relu"),
     GlobalPool(input=(1, 32, 7, 7)),
 )  # fmt: skip
+TINY: tuple[Operator, ...] = (GlobalPool(input=(1, 1, 1, 1)), Linear(input=(1, 4), features=2))
+"""A runtime takes a hundred times as long around these as in them."""
 VARIANTS = [
     ("cpu-onnxruntime", {}), ("cpu-onnxruntime", {"precision": "int8"}), ("cpu-litert", {}),
     ("cpu-litert", {"xnnpack": "off"}), ("cpu-litert", {"precision": "int8"}),
@@ -47,18 +50,20 @@ print(json.dumps([times.tick_ms, times.total_ms[10:].tolist(), latencies_ms[10:]
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _built() -> None:
+@pytest.fixture(scope="module")
+def library() -> Path:
     built = fine_clock._built()
     if isinstance(built, fine_clock._Lack):
-        pytest.skip(f"no fine clock here: {built}")
+        pytest.skip(f"no fine clock here: {built.why}")
+    return built
 
 
 @pytest.fixture
-def _nothing_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """The user's cache, empty."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fine_clock._built.cache_clear()
-    yield
+    yield tmp_path / "latency-lab"
     fine_clock._built.cache_clear()
 
 
@@ -70,6 +75,7 @@ def profile(name: str, settings: dict[str, str], environment: dict[str, str]) ->
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize(("name", "settings"), VARIANTS)
 def test_a_profile_is_in_nanoseconds(name: str, settings: dict[str, str]) -> None:
     backend = backends.create(name, Options(settings=settings))
@@ -79,10 +85,11 @@ def test_a_profile_is_in_nanoseconds(name: str, settings: dict[str, str]) -> Non
     assert whole.mean() < 0.1, "microseconds, or halves of them"
     shares = np.array(nodes_ms).sum(axis=1) / latencies_ms
     assert 0.1 < np.median(shares) <= 1, "the nodes are most of a run, and no more than it"
-    assert passed[0] == pytest.approx(passed[1], abs=0.1), "the process keeps its clocks"
-    assert sum(latencies_ms) / 1e3 < passed[1]
+    assert passed[0] < 100 * passed[1], "the process keeps its clocks"
+    assert passed[1] < 100 * passed[0]
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("name", ["cpu-onnxruntime", "cpu-litert"])
 def test_the_fine_clock_tells_what_the_usual_one_does(name: str) -> None:
     on, off = (
@@ -94,39 +101,76 @@ def test_the_fine_clock_tells_what_the_usual_one_does(name: str) -> None:
     assert halves == pytest.approx(np.round(halves), abs=1e-6), "whole microseconds, to their middle"
     largest = np.argmax(np.median(on[1], axis=0))
     fine, usual = (np.median(found[1], axis=0)[largest] for found in (on, off))
-    assert fine == pytest.approx(usual, rel=0.5), "of one size, whatever else the machine does"
+    assert usual / 10 < fine < usual * 10, "of one size, whatever else the machine does"
 
 
-@pytest.mark.parametrize("name", ["cpu-onnxruntime", "cpu-litert"])
-def test_a_lease_is_measured_with_it(name: str) -> None:
-    options = Options()
-    backend = backends.create(name, options)
+def ask(backend: backends.Backend, operators: tuple[Operator, ...]) -> Lease:
     plan = Plan(
         carriers=2, carrier_length=6, warmup_runs=2, min_runs=10, max_runs=10, load_tolerance=ANY_LOAD,
         drift_tolerance=ANY_SPEED,
     )  # fmt: skip
-    lease = Lease(token=1, device="here", target=backend.target(), plan=plan, operators=OPERATORS, expires_in_s=60)
+    return Lease(token=1, device="here", target=backend.target(), plan=plan, operators=operators, expires_in_s=60)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("operators", [OPERATORS, TINY], ids=["usual", "tiny"])
+@pytest.mark.parametrize("name", ["cpu-onnxruntime", "cpu-litert"])
+def test_a_lease_is_measured_with_it(name: str, operators: tuple[Operator, ...], threads: int) -> None:
+    options = Options(threads=threads)
+    backend = backends.create(name, options)
     agent = Agent("http://127.0.0.1:1", "here", name, backend, options)
-    report = agent._measure(lease, threading.Event())
+    report = agent._measure(ask(backend, operators), threading.Event())
     assert report is not None
-    assert [row.failure for row in report.measurements] == [None] * len(OPERATORS)
+    assert [row.failure for row in report.measurements] == [None] * len(operators)
     assert report.evidence["profiler_tick_us"] == pytest.approx(1e-3)
     read_ms = [value for row in report.measurements for samples in row.samples for value in samples.samples_ms]
     assert any(round(value * 1e3, 3) % 0.5 for value in read_ms)
-    assert all(1e-5 < row.latency_ms < 10 for row in report.measurements if row.latency_ms is not None)
+    assert all(1e-5 < row.latency_ms < 100 for row in report.measurements if row.latency_ms is not None)
 
 
-def test_what_is_preloaded_already_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    path = str(fine_clock._built())
+@pytest.mark.parametrize("name", ["cpu-onnxruntime", "cpu-litert"])
+def test_on_is_on_or_nothing_is_measured(name: str, library: Path, tmp_path: Path) -> None:
+    """A process that was started without the library, as where it was deleted since."""
+    settings = {"fine_clock": "on", "precision": "fp32"}
+    options = Options(settings=settings)
+    job = Job(backend=name, options=options, lease=ask(backends.create(name, options), OPERATORS))
+    (tmp_path / "job.json").write_text(job.model_dump_json())
+    command = [sys.executable, "-m", "device_agents.child", str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as child:  # it ends when its standard input does
+        assert child.wait() == 0
+    for row in Report.model_validate_json((tmp_path / "report.json").read_bytes()).measurements:
+        assert row.failure is not None
+        assert row.failure.cause == "unreachable"
+        assert "set fine_clock=off" in row.failure.message
+
+
+@pytest.mark.parametrize("name", ["cpu-onnxruntime", "cpu-litert"])
+def test_off_is_off_wherever_it_was_started(name: str, library: Path) -> None:
+    tick_ms, *_ = profile(name, {"fine_clock": "off"}, {"LD_PRELOAD": str(library)})
+    assert tick_ms == pytest.approx(1e-3)
+
+
+def test_what_is_preloaded_already_stays(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_PRELOAD", "/some/other.so /and/another.so")
-    once = fine_clock.environment(True)
-    assert once == {"LD_PRELOAD": f"{path}:/some/other.so:/and/another.so"}
+    once = fine_clock.environment({})
+    assert once == {"LD_PRELOAD": f"{library}:/some/other.so:/and/another.so"}
     monkeypatch.setenv("LD_PRELOAD", once["LD_PRELOAD"])
-    assert fine_clock.environment(True) == once, "a command that starts itself again does so once"
-    assert fine_clock.environment(False) == {}
+    assert fine_clock.environment({}) == once, "a command that starts itself again does so once"
+    assert fine_clock.environment({"fine_clock": "off"}) == {}
 
 
-@pytest.mark.usefixtures("_nothing_built")
+@pytest.mark.parametrize("content", [b"", b"\x7fELF", None], ids=["empty", "cut off", "half"])
+def test_a_library_that_does_not_run_is_made_again(library: Path, cache: Path, content: bytes | None) -> None:
+    cache.mkdir()
+    broken = cache / library.name
+    whole = library.read_bytes()
+    broken.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    assert fine_clock._built() == broken
+    assert len(broken.read_bytes()) == len(whole)
+
+
+@pytest.mark.usefixtures("cache")
 def test_without_a_compiler_profiles_are_in_microseconds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
@@ -139,34 +183,51 @@ def test_without_a_compiler_profiles_are_in_microseconds(monkeypatch: pytest.Mon
     assert "apt install gcc" in str(refused.value.remedy)
 
 
-@pytest.mark.usefixtures("_nothing_built")
-def test_a_compiler_that_fails_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "told"),
+    [("echo 'time.h: no such file' >&2; exit 1", "time.h: no such file"),
+     ("while test $1 != -o; do shift; done; echo nonsense > $2", "does not run")],
+)  # fmt: skip
+def test_a_compiler_that_fails_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path, script: str, told: str
+) -> None:
     compiler = tmp_path / "cc-that-fails"
-    compiler.write_text("#!/bin/sh\necho 'time.h: no such file' >&2\nexit 1\n")
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o700)
-    monkeypatch.setenv("CC", str(compiler))
-    assert not fine_clock.wanted({})
-    assert "time.h: no such file" in fine_clock.check({}).found
-    assert list((tmp_path / "latency-lab").iterdir()) == [], "nothing is left behind"
+    monkeypatch.setenv("CC", f"{compiler} -pipe")
+    assert fine_clock.environment({}) == {}
+    assert told in fine_clock.check({}).found
+    assert list(cache.iterdir()) == [], "nothing is left behind"
+
+
+@pytest.mark.parametrize("folder", ["two words", "a:b"])
+def test_a_folder_that_cannot_be_preloaded_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cache: Path, folder: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / folder))
+    assert fine_clock.environment({}) == {}
+    assert "XDG_CACHE_HOME" in fine_clock.check({}).found
 
 
 @pytest.mark.parametrize("said", ["yes", "ON", ""])
 def test_a_setting_that_is_none_is_refused(said: str) -> None:
     with pytest.raises(InvalidInput, match="neither on nor off"):
-        fine_clock.wanted({"fine_clock": said})
+        fine_clock.check_setting({"fine_clock": said})
 
 
 @pytest.mark.parametrize(
-    ("told_ms", "tick_ms", "fits"),
-    [(90.0, 1e-6, True), (120.0, 1e-6, False), (0.09, 1e-6, False), (120.0, 1e-3, False), (0.0, 1e-3, True)],
-)
-def test_a_profile_in_another_unit_is_refused(told_ms: float, tick_ms: float, fits: bool) -> None:
-    """120 ms were never there; 0.09 ms are 90 in microseconds that were taken for nanoseconds. What takes less than a
-    microsecond may tell nothing in microseconds."""
+    ("told_ms", "tick_ms", "read", "told"),
+    [(90.0, 1e-6, 40, None), (0.01, 1e-6, 20, None), (120.0, 1e-6, 40, "120 ms of runs that took 100 ms"),
+     (90.0, 1e-6, 19, "19 times for 20 entries"), (120.0, 1e-3, 0, "120 ms"), (0.0, 1e-3, 0, None)],
+)  # fmt: skip
+def test_a_profile_in_another_unit_is_refused(told_ms: float, tick_ms: float, read: int, told: str | None) -> None:
+    """Of ten runs of two entries, which took 100 ms with all that is around them."""
+    clock = fine_clock.Clock("nothing", {"fine_clock": "off"})
+    clock.tick_ms, clock.before = tick_ms, -read
     total_ms = np.full((10, 2), told_ms / 20)
     times = NodeTimes(total_ms, np.zeros_like(total_ms), np.ones(2, dtype=np.int64), tick_ms)
-    if fits:
-        assert fine_clock.believed(times, 100.0) is times
+    if told is None:
+        assert clock.believed(times, 100.0) is times
     else:
-        with pytest.raises(Unsupported, match="the profile tells"):
-            fine_clock.believed(times, 100.0)
+        with pytest.raises(Unsupported, match=told):
+            clock.believed(times, 100.0)

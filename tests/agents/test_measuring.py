@@ -200,7 +200,7 @@ def test_a_drift_is_believed_as_far_as_it_is_certain() -> None:
     def drift(*known: tuple[float, float, float]) -> float:
         """Of ratio, spread, and microseconds of each."""
         ratios, spreads, known_us = np.array(known).T
-        return believed_drift(ratios, spreads, known_us / 1e3, 1e-3)
+        return believed_drift(ratios, spreads, known_us / 1e3)
 
     slower = [(1.08, 0.01, 20.0), (1.09, 0.02, 30.0), (1.07, 0.01, 50.0), (1.08, 0.02, 15.0)]
     assert drift(*slower) == pytest.approx(1.08, abs=0.005)
