@@ -227,7 +227,15 @@ def _load(
     wanted: Iterable[tuple[Network, dict[int, str]]]
     if plan.context == "in_context":
         seed = plan.seed + lease.token
-        carriers = pack(lease.operators, lease.fillers, plan.carriers, plan.carrier_length, seed)
+        carriers = pack(
+            lease.operators,
+            lease.fillers,
+            plan.carriers,
+            plan.carrier_length,
+            seed,
+            lease.successions,
+            lease.neighbours,
+        )
         wanted = [(carrier.network, carrier.places) for carrier in carriers]
     else:
         networks = lease.networks or tuple(Network.of(operator) for operator in lease.operators)

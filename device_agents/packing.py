@@ -63,6 +63,10 @@ IMAGE_CHANNELS = 8
 """Channels of a carrier's input: enough for a runtime's blocked layout, so that the first adapter is ordinary. Also
 the features of its tokens."""
 
+TIMED = 0.5
+TIMED_BESIDE = 0.4
+"""Share of a carrier's operators that are timed; less where neighbours are known, more of which stand there."""
+
 RAW_CHANNELS = 4
 """What reads a map of so few channels reads an image: it gets one, as in a network, not what an adapter makes, which
 can be in another layout."""
@@ -97,15 +101,18 @@ class Carrier:
 
 
 def pack(
-    wanted: Sequence[Operator], fillers: Sequence[Operator], carriers: int, length: int, seed: int
-) -> list[Carrier]:
+    wanted: Sequence[Operator], fillers: Sequence[Operator], carriers: int, length: int, seed: int,
+    successions: Sequence[tuple[str, str]] = (), neighbours: Sequence[Operator] = (),
+) -> list[Carrier]:  # fmt: skip
     """Carriers in which every wanted operator has a place in `carriers` different graphs.
 
     Each has about `length` operators, adapters and all: as many as the networks have that will be asked for, since what
     an operator costs depends on what the caches hold. `fillers` have places in half as many: what is known of them
-    shows whether the device has drifted.
+    shows whether the device has drifted. `successions` are pairs of keys, of operators that came right behind each
+    other in networks that were asked for, and `neighbours` those of them that are neither wanted nor fillers: operators
+    get the neighbours that they have in networks, wherever that can be.
     """
-    return _Packer(wanted, fillers, carriers, length, random.Random(seed)).pack()
+    return _Packer(wanted, fillers, carriers, length, random.Random(seed), successions, neighbours).pack()
 
 
 _Kind = tuple[tuple[int, int], bool]
@@ -143,18 +150,28 @@ class _Piece:
 
 class _Packer:
     def __init__(
-        self, wanted: Sequence[Operator], fillers: Sequence[Operator], carriers: int, length: int, rng: random.Random
-    ):
+        self, wanted: Sequence[Operator], fillers: Sequence[Operator], carriers: int, length: int, rng: random.Random,
+        successions: Sequence[tuple[str, str]], neighbours: Sequence[Operator],
+    ):  # fmt: skip
         self.need: Counter[str] = Counter({operator.key: max(1, carriers // 2) for operator in fillers})
         self.need.update({operator.key: carriers for operator in wanted})
         self.rng = rng
         self.pieces = list({operator.key: _Piece.of(operator) for operator in [*wanted, *fillers]}.values())
+        known = {piece.key: piece for piece in self.pieces}
+        known |= {operator.key: _Piece.of(operator) for operator in neighbours if operator.key not in known}
+        self.before: dict[str, list[_Piece]] = {}
+        self.behind: dict[str, list[_Piece]] = {}
+        """Operators that came right before and right behind an operator in networks, by its key."""
+        for first, second in successions:
+            if first in known and second in known and known[first].makes in known[second].operator.inputs:
+                self.before.setdefault(second, []).append(known[first])
+                self.behind.setdefault(first, []).append(known[second])
         self.makers: dict[Shape, list[_Piece]] = {}
         for piece in self.pieces:
             if len(piece.operator.inputs) == 1:
                 self.makers.setdefault(piece.makes, []).append(piece)
         self.length = length
-        self.timed = max(1, length // 2)
+        self.timed = max(1, int(length * (TIMED_BESIDE if self.before else TIMED)))
         """Operators of a carrier that have places there; the others are adapters and neighbours."""
         self.kinds = Counter(piece.kind for piece in self.pieces)
 
@@ -217,6 +234,7 @@ class _Packer:
                 and walk.has_room(p)
                 and (p.stays or not straight or self.need[p.key] > 0)
             ]
+            current = self._go_on(walk, current, takes)
             found = None
             if not piece.stays:
                 leaving = [p for p in takes if p.level == piece.level and not p.stays and self.need[p.key] > 0]
@@ -234,6 +252,8 @@ class _Packer:
         A walk stays where maps are as large as here until it has its share of operators there, then goes on to smaller
         ones; everywhere those come first that need a place.
         """
+        if coming := self._coming(walk, current, takes):
+            return self._choose(coming), current
         level = _size(walk.shape(current))
         smaller = sorted({piece.level for piece in takes if piece.level < level}, reverse=True)
         groups = [
@@ -247,12 +267,37 @@ class _Packer:
                     return found
         return None
 
+    def _coming(self, walk: _Walk, current: int, takes: Sequence[_Piece]) -> list[_Piece]:
+        """Of what needs a place on maps as large as these, what came right behind the last operator in a network."""
+        behind = self.behind.get(walk.keys.get(current, ""), [])
+        return [
+            piece
+            for piece in takes
+            if piece in behind and piece.stays and self.need[piece.key] > 0 and piece.reads == walk.shape(current)
+            and walk.may_read(piece, current) and walk.can_place(piece.operator, current)
+        ]  # fmt: skip
+
+    def _go_on(self, walk: _Walk, current: int, takes: Sequence[_Piece]) -> int:
+        """What a walk goes on from: where nothing that needs a place came behind the last operator in a network,
+        something that did stands there, untimed."""
+        behind = self.behind.get(walk.keys.get(current, ""), [])
+        here = walk.shape(current)
+        if self._coming(walk, current, takes):
+            return current
+        fitting = [
+            piece
+            for piece in behind
+            if piece.stays and len(piece.operator.inputs) == 1 and piece.reads == here and walk.has_room(piece)
+            and walk.may_read(piece, current) and walk.can_place(piece.operator, current)
+        ]  # fmt: skip
+        return walk.lead(current, self.rng.choice(fitting)) if fitting else current
+
     def _read(self, walk: _Walk, tensor: int, pieces: Sequence[_Piece]) -> tuple[_Piece, int] | None:
         """One of these that can read a tensor, and what it is to read: the tensor, or what adapters make of it.
 
         Whether a runtime converts a layout between two operators depends on both, so what an operator reads should be
-        made by one of those that make it in a network. Of operators alike, as of two pointwise convolutions, few
-        follow each other there.
+        made by one of those that make it in a network. Where none is known, it should be unlike: of operators alike, as
+        of two pointwise convolutions, few follow each other there.
         """
         here = walk.shape(tensor)
         fitting = [
@@ -260,8 +305,11 @@ class _Packer:
             for piece in pieces
             if piece.reads == here and walk.may_read(piece, tensor) and walk.can_place(piece.operator, tensor)
         ]
+        behind = self.behind.get(walk.keys.get(tensor, ""), [])
+        if real := [piece for piece in fitting if piece in behind]:
+            return self._choose(real), tensor
         unlike = [piece for piece in fitting if piece.family != walk.families.get(tensor)]
-        if not unlike:
+        if not unlike or any(piece.key in self.before for piece in pieces):
             led = [(piece, leads) for piece in pieces if (leads := self._leads(walk, here, piece))]
             while led:
                 piece = self._choose([piece for piece, _ in led])
@@ -284,12 +332,13 @@ class _Packer:
 
     def _leads(self, walk: _Walk, here: Shape, piece: _Piece) -> list[_Piece]:
         """Operators that make what another reads, reachable from here: one stands between an adapter and it."""
-        if piece.operator.kind not in LED:
+        real = [p for p in self.before.get(piece.key, []) if len(p.operator.inputs) == 1 and p.makes == piece.reads]
+        if piece.operator.kind not in LED and not real:
             return []
         return [
             lead
-            for lead in self.makers.get(piece.reads, [])
-            if lead.family != piece.family
+            for lead in real or self.makers.get(piece.reads, [])
+            if (real or lead.family != piece.family)
             and lead.level <= max(_size(here), piece.level)
             and (lead.reads == here or (_can_adapt(here, lead.reads) and not _is_image(lead.reads)))
             and walk.has_room(piece, lead.parameters + _adapter_parameters(here, lead.reads))
@@ -409,6 +458,8 @@ class _Walk:
         self.read: set[int] = set()
         self.inputs = 0
         self.families: dict[int, str] = {}
+        self.keys: dict[int, str] = {}
+        """The keys of the operators that made tensors, adapters left out."""
         self.parameters = 0
         self.timed_parameters = 0
         self.activations = 0
@@ -569,6 +620,7 @@ class _Walk:
         self.places[len(self.build) - 1] = operator.key
         self.timed_parameters += operator.parameters
         self.families[tensor] = _family(operator)
+        self.keys[tensor] = operator.key
         return self._keep(tensor)
 
     def may_read(self, piece: _Piece, tensor: int) -> bool:
@@ -582,6 +634,7 @@ class _Walk:
             tensor = self.adapt(tensor, piece.reads, piece.operator)
         made = self._add(piece.operator, tensor)
         self.families[made] = piece.family
+        self.keys[made] = piece.key
         return self._keep(made)
 
     def end(self, tensor: int) -> int:

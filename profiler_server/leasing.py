@@ -98,11 +98,13 @@ def compose(session: Session, token: int, settings: Settings) -> Lease | None:
     if record.reference is None:  # a device on trial is not to be brought to the table's speed
         known = _known_networks(session, record, networks, settings)
         known_ms = {workload.key: latency_ms for workload, latency_ms in [*fillers.items(), *known.items()]}
+    pairs, neighbours = _beside(session, plan, [*wanted, *fillers])
     left = record.deadline - queries.clock(session)
     return Lease(
         token=token, device=record.device, target=queries.read_target(session, record.target), plan=plan,
-        operators=tuple(wanted), networks=tuple(networks), fillers=tuple(fillers), known_networks=tuple(known),
-        known_ms=known_ms, canary_ms=queries.read_canary(session, record.target),
+        operators=tuple(wanted), networks=tuple(networks), fillers=tuple(fillers), successions=tuple(pairs),
+        neighbours=tuple(neighbours), known_networks=tuple(known), known_ms=known_ms,
+        canary_ms=queries.read_canary(session, record.target),
         expires_in_s=max(left.total_seconds(), 0.0),
     )  # fmt: skip
 
@@ -121,6 +123,20 @@ def _fillers(
     known = [(OPERATOR.validate_python(definition), latency_ms) for definition, latency_ms in measured]
     chosen = scheduling.choose_fillers(wanted, [operator for operator, _ in known], count, seed=record.id)
     return dict(known[index] for index in chosen)
+
+
+def _beside(
+    session: Session, plan: Plan, operators: Sequence[Operator]
+) -> tuple[list[tuple[str, str]], list[Operator]]:  # fmt: skip
+    """Which operators came behind which in networks that were asked for, of those in a lease's carriers, and those that
+    came before or behind one without being there themselves."""
+    if plan.context != "in_context":
+        return [], []
+    keys = {operator.key for operator in operators}
+    pairs = scheduling.successions(queries.read_successions(session, keys), keys)
+    others = {key for pair in pairs for key in pair} - keys
+    definitions = queries.read_definitions(session, others)
+    return pairs, [OPERATOR.validate_python(definitions[key][1]) for key in sorted(others)]
 
 
 def _known_networks(

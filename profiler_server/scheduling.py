@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import log
 
 from lut_db.measurements import REFUSALS, Failure
@@ -22,6 +23,9 @@ KNOWN_NETWORKS = (6, 12)
 
 OLDEST_NETWORKS = 32
 """Networks that leases are tied to: of those alike the first in a table, so that errors hardly pass between leases."""
+
+MAX_BESIDE = 8
+"""How many operators that came before an operator, and how many that came behind it, are told to who measures it."""
 
 ALIKE = 2.0
 """Factor in parameters up to which networks may speak for each other."""
@@ -92,6 +96,25 @@ def choose_known_networks(wanted: Sequence[int], known: Sequence[int]) -> list[i
         left = (index for index in near if index not in chosen)
         chosen.append(min(left, key=lambda index: (apart(known[index], like), index)))
     return chosen
+
+
+def successions(
+    networks: Iterable[Sequence[str]], keys: Collection[str], most: int = MAX_BESIDE
+) -> list[tuple[str, str]]:  # fmt: skip
+    """Which operator comes right behind which in these networks, told by keys, where one of the two is among `keys`:
+    for each of them up to `most` before it and as many behind it."""
+    found: dict[tuple[str, str], None] = {}
+    before: Counter[str] = Counter()
+    after: Counter[str] = Counter()
+    for network in networks:
+        for pair in pairwise(network):
+            first, second = pair
+            wanted = (second in keys and before[second] < most) or (first in keys and after[first] < most)
+            if wanted and first != second and pair not in found:
+                found[pair] = None
+                before[second] += 1
+                after[first] += 1
+    return list(found)
 
 
 def choose_fillers(wanted: Sequence[Operator], known: Sequence[Operator], count: int, seed: int) -> list[int]:

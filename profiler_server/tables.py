@@ -15,6 +15,7 @@ from lut_db.plans import Plan
 from lut_db.storage import models as m
 from lut_db.storage import queries
 from lut_db.wire import Lookup, LookupRequest, NetworksAnswer, Pin
+from profiler_server.scheduling import successions
 from profiler_server.settings import Settings
 from profiler_server.waiting import waiting_for
 
@@ -93,6 +94,8 @@ def record_lookup(
             rows = queries.frozen_rows(session, pin.id, keys)
             missing = [key for key in keys if key not in rows]
             enqueued = queries.enqueue(session, pin.target, pin.plan, missing, queries.clock(session))
+            if enqueued:
+                queries.put_successions(session, successions(request.networks, set(missing)))
             if missing and not final:
                 return None, enqueued
         if not pin.correction_frozen and _any_latency(request, rows):

@@ -169,6 +169,15 @@ class Lease(Base):
     requeued: Mapped[int] = mapped_column(default=0)
 
 
+class Succession(Base):
+    """That one operator came right behind another in a network that was asked for: what carriers are made like."""
+
+    __tablename__ = "successions"
+
+    before: Mapped[str] = mapped_column(ForeignKey("workloads.key"), primary_key=True)
+    after: Mapped[str] = mapped_column(ForeignKey("workloads.key"), primary_key=True, index=True)
+
+
 class Row(Base):
     """One revision of what the table of a target and plan says of a workload. Never changed, never deleted.
 

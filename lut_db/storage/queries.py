@@ -330,6 +330,26 @@ def read_definitions(session: Session, keys: Iterable[str]) -> dict[str, tuple[s
     return {record.key: (record.kind, record.definition) for record in session.scalars(query)}
 
 
+def put_successions(session: Session, pairs: Iterable[tuple[str, str]]) -> None:
+    """Records that operators came right behind others: keys of what is recorded, `(before, after)`."""
+    rows = [{"before": before, "after": after} for before, after in sorted(set(pairs))]
+    if rows:
+        session.execute(_insert(session, m.Succession).on_conflict_do_nothing(), rows)
+
+
+def read_successions(session: Session, keys: Iterable[str]) -> list[tuple[str, str]]:
+    """What is recorded of these operators and of those beside them, as `put_successions` takes it."""
+    each = _each(session, keys)
+    query = (
+        select(m.Succession.before, m.Succession.after)
+        .where(or_(
+            m.Succession.before.in_(select(each.c.value)), m.Succession.after.in_(select(each.c.value)),
+        ))
+        .order_by(m.Succession.before, m.Succession.after)
+    )  # fmt: skip
+    return [(before, after) for before, after in session.execute(query)]
+
+
 # --- rows -----------------------------------------------------------------------------------------------------
 
 

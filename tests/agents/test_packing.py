@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import pairwise, permutations
 from math import prod
 
 import onnxruntime
@@ -22,14 +23,17 @@ from search_client.architecture import Architecture
 @given(
     wanted=st.lists(ANY, min_size=1, max_size=8, unique_by=lambda operator: operator.key),
     fillers=st.lists(ANY, max_size=8, unique_by=lambda operator: operator.key),
+    neighbours=st.lists(ANY, max_size=4, unique_by=lambda operator: operator.key),
     carriers=st.integers(1, 4),
     length=st.integers(1, 12),
     seed=st.integers(0, 100),
 )
 def test_every_wanted_operator_is_in_that_many_carriers(
-    wanted: list[Operator], fillers: list[Operator], carriers: int, length: int, seed: int
+    wanted: list[Operator], fillers: list[Operator], neighbours: list[Operator], carriers: int, length: int, seed: int
 ) -> None:
-    packed = pack(wanted, fillers, carriers, length, seed)
+    """Whatever is said to come behind whatever, in networks that may never have been."""
+    said = [(a.key, b.key) for a, b in permutations([*wanted, *fillers, *neighbours], 2)] if neighbours else []
+    packed = pack(wanted, fillers, carriers, length, seed, said, neighbours)
     known = {operator.key: operator for operator in [*wanted, *fillers]}
     places = Counter(key for carrier in packed for key in set(carrier.places.values()))
     assert all(places[operator.key] >= carriers for operator in wanted)
@@ -41,7 +45,7 @@ def test_every_wanted_operator_is_in_that_many_carriers(
         # A runtime drops what nothing reads: every tensor is read or returned.
         unread = {tensor for tensor, readers in enumerate(carrier.network.consumers()) if not readers}
         assert unread <= set(carrier.network.output_tensors)
-    assert packed == pack(wanted, fillers, carriers, length, seed)
+    assert packed == pack(wanted, fillers, carriers, length, seed, said, neighbours)
 
 
 def test_a_clamp_follows_nothing_that_could_take_it_in() -> None:
@@ -132,6 +136,30 @@ def test_what_is_timed_reads_what_operators_make_in_a_network() -> None:
                 maker = nodes[node.inputs[0] - inputs].operator
                 assert isinstance(maker, Convolution)
                 assert maker.depthwise
+
+
+def test_operators_stand_between_those_that_they_stand_between_in_networks() -> None:
+    """Also where those are not timed: a third of the network's operators, in an order of their own, are wanted."""
+    description = networks.load("mobilenet_v3", image_size=112)
+    network = description.network(description.space.full)
+    successions = {(a.key, b.key) for a, b in pairwise(network.operators) if a.output in b.inputs}
+    operators = list(dict.fromkeys(network.operators))
+    wanted, others = operators[::3], [o for number, o in enumerate(operators) if number % 3]
+
+    def share(said: list[tuple[str, str]], beside: list[Operator]) -> float:
+        """How many of those that have one neighbour to read from in networks read from such a one."""
+        known = total = 0
+        for carrier in pack(wanted, [], 4, len(network.nodes), 0, said, beside):
+            nodes, inputs = carrier.network.nodes, len(carrier.network.inputs)
+            for number, key in carrier.places.items():
+                makers = [nodes[tensor - inputs].operator.key for tensor in nodes[number].inputs if tensor >= inputs]
+                if len(nodes[number].inputs) == 1 and any(after == key for _, after in successions):
+                    total += 1
+                    known += any((maker, key) in successions for maker in makers)
+        return known / total
+
+    assert share(sorted(successions), others) > 0.8
+    assert share([], []) < 0.5
 
 
 def test_nothing_that_two_begin_with_is_read_by_both() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,6 +19,7 @@ from profiler_server.scheduling import (
     fate,
     filler_count,
     lease_size,
+    successions,
 )
 
 channels = st.integers(1, 6)
@@ -58,6 +61,24 @@ def test_fillers_are_distinct_repeatable_and_as_many_as_there_are(wanted, known,
     assert chosen == choose_fillers(wanted, known, count, seed)
     assert len(chosen) == len(set(chosen)) == min(count, len(known))
     assert all(0 <= index < len(known) for index in chosen)
+
+
+SEQUENCES = st.lists(st.lists(st.sampled_from("abcdefgh"), max_size=12), max_size=8)
+
+
+@given(SEQUENCES, st.sets(st.sampled_from("abcdefgh")), st.integers(1, 4))
+def test_successions_are_those_of_the_networks(networks: list[list[str]], keys: set[str], most: int) -> None:
+    found = successions(networks, keys, most)
+    asked = {pair for network in networks for pair in pairwise(network) if pair[0] != pair[1]}
+    assert len(set(found)) == len(found)
+    assert set(found) <= {pair for pair in asked if keys & set(pair)}
+    for key in keys:
+        before, behind = ({pair for pair in asked if pair[side] == key} for side in (1, 0))
+        assert len(before & set(found)) >= min(most, len(before)), "as many as there are, up to what is told"
+        assert len(behind & set(found)) >= min(most, len(behind))
+    assert successions(networks, keys, len(asked) + 1) == list(
+        dict.fromkeys(pair for network in networks for pair in pairwise(network) if pair in asked and keys & set(pair))
+    )
 
 
 def test_neighbours_come_before_strangers() -> None:

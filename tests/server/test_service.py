@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from lut_db.estimates import Correction, Fit
 from lut_db.measurements import MAX_SAMPLES, Measurement, Status
 from lut_db.networks import Network
 from lut_db.operators import Linear, Operator
+from lut_db.plans import Plan
 from lut_db.storage import models as m
 from lut_db.storage import queries
 from lut_db.wire import Calibration, DeviceState, Lease, Lookup, NetworksAnswer, Page, Pin, ReportOutcome, RowDetail
@@ -386,6 +388,29 @@ def test_known_operators_fill_up_carriers(lab_on_both: Lab) -> None:
     assert len(lease.operators) == 2
     assert {operator.key for operator in lease.fillers} == set(convs(10)) == set(lease.known_ms)
     assert set(lease.known_ms.values()) == {0.25}
+
+
+def test_a_lease_says_what_stands_beside_what_in_networks(lab_on_both: Lab) -> None:
+    lab = lab_on_both
+    operators = convs(50)
+    keys = list(operators)
+    lab.lookup(lab.pin().id, convs(40))
+    lease = lab.must_lease(max_operators=3)
+    assert [operator.key for operator in lease.operators] == keys[:3]
+    assert sorted(lease.successions) == sorted(pairwise(keys[:4])), "as they were asked for, in order"
+    assert [operator.key for operator in lease.neighbours] == [keys[3]], "which comes behind the last"
+    lab.report(lease.token, *(measured(key) for key in keys[:3]))
+    lab.measure()
+    lab.lookup(lab.pin().id, operators)
+    lease = lab.must_lease()
+    there = {operator.key for operator in (*lease.operators, *lease.fillers)}
+    assert {pair for pair in pairwise(keys[39:]) if there & set(pair)} <= set(lease.successions)
+    assert {operator.key for operator in lease.neighbours} == {key for p in lease.successions for key in p} - there
+    isolated = lab.pin(Plan(context="isolated"))
+    lab.measure()
+    lab.lookup(isolated.id, operators)
+    lease = lab.must_lease()
+    assert (lease.successions, lease.neighbours) == ((), ())
 
 
 def test_reports_are_idempotent(lab_on_both: Lab) -> None:
