@@ -64,7 +64,7 @@ IMAGE_CHANNELS = 8
 the features of its tokens."""
 
 TIMED = 0.5
-TIMED_BESIDE = 0.4
+TIMED_BESIDE = 0.35
 """Share of a carrier's operators that are timed; less where neighbours are known, more of which stand there."""
 
 RAW_CHANNELS = 4
@@ -119,7 +119,7 @@ _Kind = tuple[tuple[int, int], bool]
 """The size of what an operator reads, and whether what it makes is as large."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Piece:
     """An operator that carriers are made of. `level` is the size of what it reads, `stays` whether what it makes is as
     large."""
@@ -161,17 +161,23 @@ class _Packer:
         known |= {operator.key: _Piece.of(operator) for operator in neighbours if operator.key not in known}
         self.before: dict[str, list[_Piece]] = {}
         self.behind: dict[str, list[_Piece]] = {}
-        """Operators that came right before and right behind an operator in networks, by its key."""
+        """Operators that came right before and right behind an operator in networks, by its key: of the first those
+        that can stand there untimed."""
         for first, second in successions:
-            if first in known and second in known and known[first].makes in known[second].operator.inputs:
-                self.before.setdefault(second, []).append(known[first])
-                self.behind.setdefault(first, []).append(known[second])
+            if first not in known or second not in known:
+                continue
+            maker, reader = known[first], known[second]
+            if maker.makes == reader.reads and not _would_fuse(maker.operator, reader.operator):
+                self.behind.setdefault(first, []).append(reader)
+                if len(maker.operator.inputs) == 1:
+                    self.before.setdefault(second, []).append(maker)
         self.makers: dict[Shape, list[_Piece]] = {}
         for piece in self.pieces:
             if len(piece.operator.inputs) == 1:
                 self.makers.setdefault(piece.makes, []).append(piece)
         self.length = length
-        self.timed = max(1, int(length * (TIMED_BESIDE if self.before else TIMED)))
+        share = sum(piece.key in self.before for piece in self.pieces) / len(self.pieces)
+        self.timed = max(1, int(length * (TIMED + share * (TIMED_BESIDE - TIMED))))
         """Operators of a carrier that have places there; the others are adapters and neighbours."""
         self.kinds = Counter(piece.kind for piece in self.pieces)
 
@@ -235,6 +241,7 @@ class _Packer:
                 and (p.stays or not straight or self.need[p.key] > 0)
             ]
             current = self._go_on(walk, current, takes)
+            takes = [p for p in takes if walk.has_room(p)]
             found = None
             if not piece.stays:
                 leaving = [p for p in takes if p.level == piece.level and not p.stays and self.need[p.key] > 0]
@@ -282,7 +289,7 @@ class _Packer:
         something that did stands there, untimed."""
         behind = self.behind.get(walk.keys.get(current, ""), [])
         here = walk.shape(current)
-        if self._coming(walk, current, takes):
+        if not takes or len(walk.build) >= self.length or self._coming(walk, current, takes):
             return current
         fitting = [
             piece
@@ -309,8 +316,9 @@ class _Packer:
         if real := [piece for piece in fitting if piece in behind]:
             return self._choose(real), tensor
         unlike = [piece for piece in fitting if piece.family != walk.families.get(tensor)]
-        if not unlike or any(piece.key in self.before for piece in pieces):
-            led = [(piece, leads) for piece in pieces if (leads := self._leads(walk, here, piece))]
+        leading = [piece for piece in pieces if piece.key in self.before] if unlike else pieces
+        if leading:
+            led = [(piece, leads) for piece in leading if (leads := self._leads(walk, here, piece))]
             while led:
                 piece = self._choose([piece for piece, _ in led])
                 source = walk.lead(tensor, self.rng.choice(next(leads for p, leads in led if p is piece)))
@@ -332,7 +340,7 @@ class _Packer:
 
     def _leads(self, walk: _Walk, here: Shape, piece: _Piece) -> list[_Piece]:
         """Operators that make what another reads, reachable from here: one stands between an adapter and it."""
-        real = [p for p in self.before.get(piece.key, []) if len(p.operator.inputs) == 1 and p.makes == piece.reads]
+        real = self.before.get(piece.key, [])
         if piece.operator.kind not in LED and not real:
             return []
         return [
@@ -341,7 +349,7 @@ class _Packer:
             if (real or lead.family != piece.family)
             and lead.level <= max(_size(here), piece.level)
             and (lead.reads == here or (_can_adapt(here, lead.reads) and not _is_image(lead.reads)))
-            and walk.has_room(piece, lead.parameters + _adapter_parameters(here, lead.reads))
+            and walk.has_room(piece, lead.parameters + _adapter_parameters(here, lead.reads), lead.activations)
         ]
 
 
@@ -397,6 +405,25 @@ def _stride_to_tokens(here: Shape, tokens: int) -> int | None:
 
 def _clamps(operator: BaseOperator) -> bool:
     return isinstance(operator, Activate) and operator.activation in CLAMPS
+
+
+def _would_fuse(maker: Operator, operator: Operator) -> bool:
+    """Whether a runtime would fuse an operator into the one that makes its input."""
+    if isinstance(operator, Rearrange):
+        return isinstance(maker, Rearrange)
+    if isinstance(operator, LayerNorm):
+        return isinstance(maker, Add)  # runtimes have one kernel for both
+    if isinstance(operator, MatMul) and operator.scaled:
+        return isinstance(maker, Activate) and maker.activation in TABLES
+    if isinstance(operator, Activate) and getattr(maker, "activation", None) in TABLES:
+        return True  # in int8 two tables are one
+    if operator.kind not in FUSED_INTO_CONVOLUTIONS:
+        return False
+    if _clamps(operator) and (isinstance(maker, Pool) or getattr(maker, "activation", None) in CLAMPS):
+        return True  # two clamps are one, and a pool can clamp
+    if isinstance(operator, Activate) and isinstance(maker, Linear | TransposedConvolution):
+        return maker.activation == "none"
+    return isinstance(maker, Convolution) and maker.activation == "none"
 
 
 def _is_narrowed(here: Shape, there: Shape) -> bool:
@@ -459,16 +486,16 @@ class _Walk:
         self.inputs = 0
         self.families: dict[int, str] = {}
         self.keys: dict[int, str] = {}
-        """The keys of the operators that made tensors, adapters left out."""
+        """The keys of the operators that made tensors, timed or not; adapters have none."""
         self.parameters = 0
         self.timed_parameters = 0
         self.activations = 0
 
-    def has_room(self, piece: _Piece, adapters: int = 0) -> bool:
-        """Whether the carrier can take an operator too, behind adapters of so many weights."""
+    def has_room(self, piece: _Piece, parameters: int = 0, activations: int = 0) -> bool:
+        """Whether the carrier can take an operator too, behind others of so many weights and elements."""
         return (
-            self.parameters + piece.parameters + adapters <= ROOM_PARAMETERS
-            and self.activations + piece.activations <= ROOM_ACTIVATIONS
+            self.parameters + piece.parameters + parameters <= ROOM_PARAMETERS
+            and self.activations + piece.activations + activations <= ROOM_ACTIVATIONS
         )
 
     def shape(self, tensor: int) -> Shape:
@@ -549,19 +576,7 @@ class _Walk:
         maker = self.build.operator(tensor)
         if isinstance(operator, Rearrange):
             return isinstance(maker, Rearrange) or self._undone(operator, tensor)
-        if isinstance(operator, LayerNorm):
-            return isinstance(maker, Add)  # runtimes have one kernel for both
-        if isinstance(operator, MatMul) and operator.scaled:
-            return isinstance(maker, Activate) and maker.activation in TABLES
-        if isinstance(operator, Activate) and getattr(maker, "activation", None) in TABLES:
-            return True  # in int8 two tables are one
-        if operator.kind not in FUSED_INTO_CONVOLUTIONS:
-            return False
-        if _clamps(operator) and (isinstance(maker, Pool) or getattr(maker, "activation", None) in CLAMPS):
-            return True  # two clamps are one, and a pool can clamp
-        if isinstance(operator, Activate) and isinstance(maker, Linear | TransposedConvolution):
-            return maker.activation == "none"
-        return isinstance(maker, Convolution) and maker.activation == "none"
+        return _would_fuse(maker, operator)
 
     def _undone(self, operator: Rearrange, tensor: int) -> bool:
         """Whether a map becomes tokens that was made of tokens, with nothing but what can be done in either order

@@ -102,7 +102,7 @@ def successions(
     networks: Iterable[Sequence[str]], keys: Collection[str], most: int = MAX_BESIDE
 ) -> list[tuple[str, str]]:  # fmt: skip
     """Which operator comes right behind which in these networks, told by keys, where one of the two is among `keys`:
-    for each of them up to `most` before it and as many behind it."""
+    for each of them `most` before it and as many behind it, where there are so many, and few more in all."""
     found: dict[tuple[str, str], None] = {}
     before: Counter[str] = Counter()
     after: Counter[str] = Counter()

@@ -89,13 +89,14 @@ def record_lookup(
         queries.freeze_rows(session, pin, keys)
         rows = queries.frozen_rows(session, pin.id, keys)
         if len(rows) < len(keys):
+            beside = successions(request.networks, {key for key in keys if key not in rows})
             queries.lock_table(session, pin.target, pin.plan)
             queries.freeze_rows(session, pin, keys)
             rows = queries.frozen_rows(session, pin.id, keys)
             missing = [key for key in keys if key not in rows]
             enqueued = queries.enqueue(session, pin.target, pin.plan, missing, queries.clock(session))
             if enqueued:
-                queries.put_successions(session, successions(request.networks, set(missing)))
+                queries.put_successions(session, beside)
             if missing and not final:
                 return None, enqueued
         if not pin.correction_frozen and _any_latency(request, rows):

@@ -32,6 +32,7 @@ from sqlalchemy import (
     select,
     text,
     true,
+    union,
     update,
 )
 from sqlalchemy.dialects import postgresql, sqlite
@@ -340,14 +341,11 @@ def put_successions(session: Session, pairs: Iterable[tuple[str, str]]) -> None:
 def read_successions(session: Session, keys: Iterable[str]) -> list[tuple[str, str]]:
     """What is recorded of these operators and of those beside them, as `put_successions` takes it."""
     each = _each(session, keys)
-    query = (
-        select(m.Succession.before, m.Succession.after)
-        .where(or_(
-            m.Succession.before.in_(select(each.c.value)), m.Succession.after.in_(select(each.c.value)),
-        ))
-        .order_by(m.Succession.before, m.Succession.after)
-    )  # fmt: skip
-    return [(before, after) for before, after in session.execute(query)]
+    sides = (
+        select(m.Succession.before, m.Succession.after).where(side.in_(select(each.c.value)))
+        for side in (m.Succession.before, m.Succession.after)
+    )
+    return sorted((before, after) for before, after in session.execute(union(*sides)))
 
 
 # --- rows -----------------------------------------------------------------------------------------------------

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operators_at_random import ANY
 
-from device_agents.packing import ROOM_ACTIVATIONS, ROOM_PARAMETERS, WEIGHTED, pack
+from device_agents.packing import MAX_BALLAST, ROOM_ACTIVATIONS, ROOM_PARAMETERS, WEIGHTED, pack
 from lut_db.canary import canary
 from lut_db.lowering.onnx import to_onnx
-from lut_db.operators import Activate, Add, ChannelBypass, Convolution, Linear, Operator, Pool, SqueezeExcite
+from lut_db.operators import Activate, Add, ChannelBypass, Convolution, LayerNorm, Linear, Operator, Pool, SqueezeExcite
 from search_client import networks
 from search_client.architecture import Architecture
 
@@ -89,6 +89,14 @@ def test_a_carrier_holds_no_more_than_a_device_can() -> None:
         for carrier in packed:
             assert carrier.network.parameters <= 2 * ROOM_PARAMETERS
             assert sum(prod(shape) for shape in carrier.network.shapes) <= 2 * ROOM_ACTIVATIONS
+
+
+def test_neighbours_take_no_more_room_than_there_is() -> None:
+    """A large layer that came behind what is wanted stands there untimed, where there is room for it."""
+    norm, large = LayerNorm(input=(1, 4, 12_000)), Linear(input=(1, 4, 12_000), features=12_000)
+    other = Linear(input=(1, 4, 12_000), features=12_000, activation="relu")
+    for carrier in pack([norm, large], [], 2, 12, 0, [(norm.key, other.key), (other.key, large.key)], [other]):
+        assert carrier.network.parameters <= ROOM_PARAMETERS + MAX_BALLAST
 
 
 def test_carriers_are_alike_and_like_a_network() -> None:

@@ -72,6 +72,7 @@ def test_successions_are_those_of_the_networks(networks: list[list[str]], keys: 
     asked = {pair for network in networks for pair in pairwise(network) if pair[0] != pair[1]}
     assert len(set(found)) == len(found)
     assert set(found) <= {pair for pair in asked if keys & set(pair)}
+    assert len(found) <= 2 * most * len(keys)
     for key in keys:
         before, behind = ({pair for pair in asked if pair[side] == key} for side in (1, 0))
         assert len(before & set(found)) >= min(most, len(before)), "as many as there are, up to what is told"
