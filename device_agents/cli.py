@@ -144,7 +144,7 @@ def bench(
     with _explained():
         options = _options(threads, cores, setting or [])
         if "fine_clock" in backends.module(backend).SETTINGS:  # nothing is profiled
-            options = replace(options, settings={**options.settings, "fine_clock": "off"})
+            options = replace(options, settings={"fine_clock": "off", **options.settings})
         measuring = backends.create(backend, options)
         environment = measuring.environment()
         if any(os.environ.get(name) != value for name, value in environment.items()):
@@ -152,7 +152,7 @@ def bench(
                 names = ", ".join(environment)
                 raise InvalidInput(
                     f"this system does not let a command keep {names}", field="settings",
-                    remedy="huge_pages=off",
+                    remedy="huge_pages=off and fine_clock=off",
                 )  # fmt: skip
             # Some are read only at the start.
             os.execve(sys.executable, sys.orig_argv, os.environ | environment | {RESTARTED: "1"})
