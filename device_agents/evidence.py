@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from device_agents.backends import Check
+from device_agents.settings import wish
 from lut_db.errors import InvalidInput
 from lut_db.measurements import Evidence, Failure
 from lut_db.plans import Plan
@@ -119,20 +120,18 @@ def huge_pages(settings: dict[str, str]) -> bool:
     session; in huge pages by half of that. Raises InvalidInput for another setting than on and off, and where the
     system cannot.
     """
-    said = settings.get("huge_pages")
-    if said not in (None, "on", "off"):
-        raise InvalidInput(f"{said!r} is neither on nor off", field="settings.huge_pages", remedy="on or off")
+    wished = wish(settings, "huge_pages")
     name, version = platform.libc_ver()
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     allowed = HUGE_PAGES.exists() and "[never]" not in HUGE_PAGES.read_text()
     possible = allowed and name == "glibc" and numbers >= GLIBC_WITH_HUGE_PAGES
-    if said == "on" and not possible:
+    if wished and not possible:
         raise InvalidInput(
             f"this system's allocator cannot use huge pages ({name} {version}, {HUGE_PAGES}: "
             f"{HUGE_PAGES.read_text().strip() if HUGE_PAGES.exists() else 'missing'})",
             field="settings.huge_pages", remedy=f"echo madvise > {HUGE_PAGES}, with glibc 2.35 or newer; or off",
         )  # fmt: skip
-    return possible and said != "off"
+    return possible and wished is not False
 
 
 def huge_page_environment(wanted: bool) -> dict[str, str]:

@@ -24,6 +24,7 @@ from functools import cache
 from pathlib import Path
 
 from device_agents.backends import Check, NodeTimes, Unreachable, Unsupported
+from device_agents.settings import wish
 from lut_db.errors import InvalidInput
 
 SETTING = {"fine_clock": "on or off: profiles in nanoseconds; on by default where there is a C compiler"}
@@ -101,16 +102,9 @@ def _trouble(library: Path) -> str | None:
     return (done.stderr.strip()[-500:] or f"it ends with {done.returncode}") if done.returncode else None
 
 
-def _said(settings: Mapping[str, str]) -> str | None:
-    said = settings.get("fine_clock")
-    if said not in (None, "on", "off"):
-        raise InvalidInput(f"{said!r} is neither on nor off", field="settings.fine_clock", remedy="on or off")
-    return said
-
-
 def check_setting(settings: Mapping[str, str]) -> None:
     """Raises InvalidInput for another setting `fine_clock` than on and off, and where it is on and cannot be had."""
-    if _said(settings) != "on" or _preloaded() is not None:
+    if not wish(settings, "fine_clock") or _preloaded() is not None:
         return
     built = _built()
     if isinstance(built, _Lack):
@@ -121,7 +115,7 @@ def check_setting(settings: Mapping[str, str]) -> None:
 
 def check(settings: Mapping[str, str]) -> Check:
     """What the doctor says: without the fine clock it can be measured, if less well."""
-    if _said(settings) == "off":
+    if wish(settings, "fine_clock") is False:
         return Check("fine clock", True, "off: profiles are in microseconds")
     built = _built()
     if isinstance(built, Path):
@@ -131,7 +125,9 @@ def check(settings: Mapping[str, str]) -> Check:
 
 def environment(settings: Mapping[str, str]) -> dict[str, str]:
     """The environment in which a process can have a fine clock, from its start."""
-    built = _Lack("off", "") if _said(settings) == "off" else _built()
+    if wish(settings, "fine_clock") is False:
+        return {}
+    built = _built()
     if isinstance(built, _Lack):
         return {}
     given = os.environ.get(PRELOAD, "").replace(" ", ":").split(":")
@@ -155,10 +151,10 @@ class Clock:
     """
 
     def __init__(self, library: str, settings: Mapping[str, str]):
-        said = _said(settings)
-        self.libraries = None if said == "off" else _preloaded()
+        wished = wish(settings, "fine_clock")
+        self.libraries = None if wished is False else _preloaded()
         factor = 1 if self.libraries is None else int(self.libraries.latency_lab_fine_clock(library.encode()))
-        if factor == 1 and said == "on":
+        if factor == 1 and wished:
             raise Unreachable(
                 f"fine_clock=on, but this process was started without its library, or {library} is not in it: start "
                 "the agent again, or set fine_clock=off"

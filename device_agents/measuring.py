@@ -228,14 +228,9 @@ def _load(
     if plan.context == "in_context":
         seed = plan.seed + lease.token
         carriers = pack(
-            lease.operators,
-            lease.fillers,
-            plan.carriers,
-            plan.carrier_length,
-            seed,
-            lease.successions,
+            lease.operators, lease.fillers, plan.carriers, plan.carrier_length, seed, lease.successions,
             lease.neighbours,
-        )
+        )  # fmt: skip
         wanted = [(carrier.network, carrier.places) for carrier in carriers]
     else:
         networks = lease.networks or tuple(Network.of(operator) for operator in lease.operators)

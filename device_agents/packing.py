@@ -276,27 +276,20 @@ class _Packer:
 
     def _coming(self, walk: _Walk, current: int, takes: Sequence[_Piece]) -> list[_Piece]:
         """Of what needs a place on maps as large as these, what came right behind the last operator in a network."""
-        behind = self.behind.get(walk.keys.get(current, ""), [])
-        return [
-            piece
-            for piece in takes
-            if piece in behind and piece.stays and self.need[piece.key] > 0 and piece.reads == walk.shape(current)
-            and walk.may_read(piece, current) and walk.can_place(piece.operator, current)
-        ]  # fmt: skip
+        behind = self._behind(walk, current)
+        return _fitting(walk, current, [p for p in takes if p in behind and p.stays and self.need[p.key] > 0])
+
+    def _behind(self, walk: _Walk, tensor: int) -> list[_Piece]:
+        """What came right behind the operator that made a tensor, in networks."""
+        return self.behind.get(walk.keys.get(tensor, ""), [])
 
     def _go_on(self, walk: _Walk, current: int, takes: Sequence[_Piece]) -> int:
         """What a walk goes on from: where nothing that needs a place came behind the last operator in a network,
         something that did stands there, untimed."""
-        behind = self.behind.get(walk.keys.get(current, ""), [])
-        here = walk.shape(current)
         if not takes or len(walk.build) >= self.length or self._coming(walk, current, takes):
             return current
-        fitting = [
-            piece
-            for piece in behind
-            if piece.stays and len(piece.operator.inputs) == 1 and piece.reads == here and walk.has_room(piece)
-            and walk.may_read(piece, current) and walk.can_place(piece.operator, current)
-        ]  # fmt: skip
+        untimed = [p for p in self._behind(walk, current) if p.stays and len(p.operator.inputs) == 1]
+        fitting = _fitting(walk, current, [p for p in untimed if walk.has_room(p)])
         return walk.lead(current, self.rng.choice(fitting)) if fitting else current
 
     def _read(self, walk: _Walk, tensor: int, pieces: Sequence[_Piece]) -> tuple[_Piece, int] | None:
@@ -307,12 +300,8 @@ class _Packer:
         of two pointwise convolutions, few follow each other there.
         """
         here = walk.shape(tensor)
-        fitting = [
-            piece
-            for piece in pieces
-            if piece.reads == here and walk.may_read(piece, tensor) and walk.can_place(piece.operator, tensor)
-        ]
-        behind = self.behind.get(walk.keys.get(tensor, ""), [])
+        fitting = _fitting(walk, tensor, pieces)
+        behind = self._behind(walk, tensor)
         if real := [piece for piece in fitting if piece in behind]:
             return self._choose(real), tensor
         unlike = [piece for piece in fitting if piece.family != walk.families.get(tensor)]
@@ -351,6 +340,12 @@ class _Packer:
             and (lead.reads == here or (_can_adapt(here, lead.reads) and not _is_image(lead.reads)))
             and walk.has_room(piece, lead.parameters + _adapter_parameters(here, lead.reads), lead.activations)
         ]
+
+
+def _fitting(walk: _Walk, tensor: int, pieces: Sequence[_Piece]) -> list[_Piece]:
+    """Those of these operators that can read a tensor as it is."""
+    here = walk.shape(tensor)
+    return [p for p in pieces if p.reads == here and walk.may_read(p, tensor) and walk.can_place(p.operator, tensor)]
 
 
 def _family(operator: Operator) -> str:
@@ -573,10 +568,9 @@ class _Walk:
         """
         if tensor < self.inputs:
             return False
-        maker = self.build.operator(tensor)
-        if isinstance(operator, Rearrange):
-            return isinstance(maker, Rearrange) or self._undone(operator, tensor)
-        return _would_fuse(maker, operator)
+        if isinstance(operator, Rearrange) and self._undone(operator, tensor):
+            return True
+        return _would_fuse(self.build.operator(tensor), operator)
 
     def _undone(self, operator: Rearrange, tensor: int) -> bool:
         """Whether a map becomes tokens that was made of tokens, with nothing but what can be done in either order

@@ -23,10 +23,15 @@ def choice(given: Mapping[str, str], name: str, choices: Sequence[Choice]) -> Ch
 
 def switch(given: Mapping[str, str], name: str) -> bool:
     """On or off, off by default."""
-    value = given.get(name, "off")
-    if value not in ("on", "off"):
+    return bool(wish(given, name))
+
+
+def wish(given: Mapping[str, str], name: str) -> bool | None:
+    """On or off, None where it is not given: then what can be had decides."""
+    value = given.get(name)
+    if value not in (None, "on", "off"):
         raise InvalidInput(f"{value!r} is neither on nor off", field=f"settings.{name}", remedy="on or off")
-    return value == "on"
+    return None if value is None else value == "on"
 
 
 def whole(given: Mapping[str, str], name: str, default: int | None = None) -> int | None:

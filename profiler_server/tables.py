@@ -89,6 +89,7 @@ def record_lookup(
         queries.freeze_rows(session, pin, keys)
         rows = queries.frozen_rows(session, pin.id, keys)
         if len(rows) < len(keys):
+            # Before the lock: others wait for it.
             beside = successions(request.networks, {key for key in keys if key not in rows})
             queries.lock_table(session, pin.target, pin.plan)
             queries.freeze_rows(session, pin, keys)
