@@ -68,8 +68,8 @@ TIMED_BESIDE = 0.35
 """Share of a carrier's operators that are timed; less where neighbours are known, more of which stand there."""
 
 RAW_CHANNELS = 4
-"""What reads a map of so few channels reads an image: it gets one, as in a network, not what an adapter makes, which
-can be in another layout."""
+"""What reads a map of so few channels, and came behind nothing in a network, reads an image: it gets one, as there, not
+what an adapter makes, which can be in another layout."""
 
 ROOM_PARAMETERS = 1 << 28
 ROOM_ACTIVATIONS = 1 << 30
@@ -159,6 +159,7 @@ class _Packer:
         self.pieces = list({operator.key: _Piece.of(operator) for operator in [*wanted, *fillers]}.values())
         known = {piece.key: piece for piece in self.pieces}
         known |= {operator.key: _Piece.of(operator) for operator in neighbours if operator.key not in known}
+        made: set[str] = set()
         self.before: dict[str, list[_Piece]] = {}
         self.behind: dict[str, list[_Piece]] = {}
         """Operators that came right before and right behind an operator in networks, by its key: of the first those
@@ -167,10 +168,14 @@ class _Packer:
             if first not in known or second not in known:
                 continue
             maker, reader = known[first], known[second]
-            if maker.makes == reader.reads and not _would_fuse(maker.operator, reader.operator):
+            if maker.makes != reader.reads:
+                continue
+            made.add(second)
+            if not _would_fuse(maker.operator, reader.operator):
                 self.behind.setdefault(first, []).append(reader)
                 if len(maker.operator.inputs) == 1:
                     self.before.setdefault(second, []).append(maker)
+        self.images = {piece.key for piece in known.values() if _is_image(piece.operator)} - made
         self.makers: dict[Shape, list[_Piece]] = {}
         for piece in self.pieces:
             if len(piece.operator.inputs) == 1:
@@ -200,7 +205,7 @@ class _Packer:
         need: Counter[_Kind] = Counter()
         for piece in self.pieces:
             need[piece.kind] += max(0, self.need[piece.key])
-        images = sum(max(0, self.need[piece.key]) for piece in self.pieces if _is_image(piece.reads))
+        images = sum(max(0, self.need[key]) for key in self.images)
         carriers = max(ceil(need.total() / self.timed), images, *self.need.values())
         spare = (self.timed - need.total() / carriers) / len(self.pieces)
         shares = {kind: need[kind] / carriers + spare * count for kind, count in self.kinds.items()}
@@ -211,7 +216,7 @@ class _Packer:
         image can stand nowhere else."""
         level = max(piece.level for piece in pieces)
         largest = [piece for piece in pieces if piece.level == level]
-        return self._choose([p for p in largest if _is_image(p.reads) and self.need[p.key] > 0] or largest)
+        return self._choose([p for p in largest if p.key in self.images and self.need[p.key] > 0] or largest)
 
     def _choose(self, pieces: Sequence[_Piece]) -> _Piece:
         """One that needs most places, so that none is left over for carriers of its own."""
@@ -223,7 +228,7 @@ class _Packer:
         walk = _Walk(self.rng)
         left = self._quota()
         unused = {piece.key: piece for piece in self.pieces}
-        current = walk.enter(start.operator)
+        current = walk.enter(start.operator, image=start.key in self.images)
         found: tuple[_Piece, int] | None = (start, current)
         while found is not None:
             piece, current = found
@@ -232,11 +237,12 @@ class _Packer:
             self.need[piece.key] -= 1
             fork = current
             current = walk.place(piece.operator, current)
+            level = _size(walk.shape(current))
             takes = [
                 p
                 for p in unused.values()
                 if left[p.kind] > 0
-                and not _is_image(p.reads)  # it would leave what came before it unread
+                and p.key not in self.images  # it would leave what came before it unread
                 and walk.has_room(p)
                 and (p.stays or not straight or self.need[p.key] > 0)
             ]
@@ -250,18 +256,19 @@ class _Packer:
                     found = self._read(walk, fork, leaving)
                     if found is not None:
                         walk.end(current)
-            found = found or self._next(walk, current, takes)
+            found = found or self._next(walk, current, level, takes)
         return Carrier(walk.finish(current, self.length), walk.places)
 
-    def _next(self, walk: _Walk, current: int, takes: Sequence[_Piece]) -> tuple[_Piece, int] | None:
+    def _next(
+        self, walk: _Walk, current: int, level: tuple[int, int], takes: Sequence[_Piece]
+    ) -> tuple[_Piece, int] | None:
         """The next operator and what it reads; None: the walk is over.
 
-        A walk stays where maps are as large as here until it has its share of operators there, then goes on to smaller
-        ones; everywhere those come first that need a place.
+        A walk stays where maps are as large as what was timed last made, until it has its share of operators there,
+        then goes on to smaller ones; everywhere those come first that need a place.
         """
         if coming := self._coming(walk, current, takes):
             return self._choose(coming), current
-        level = _size(walk.shape(current))
         smaller = sorted({piece.level for piece in takes if piece.level < level}, reverse=True)
         groups = [
             [p for p in takes if p.level == level and p.stays],
@@ -275,9 +282,11 @@ class _Packer:
         return None
 
     def _coming(self, walk: _Walk, current: int, takes: Sequence[_Piece]) -> list[_Piece]:
-        """Of what needs a place on maps as large as these, what came right behind the last operator in a network."""
-        behind = self._behind(walk, current)
-        return _fitting(walk, current, [p for p in takes if p in behind and p.stays and self.need[p.key] > 0])
+        """Of what needs a place, what came right behind the last operator in a network; what makes maps smaller only
+        where the walk has all that it takes of the larger ones."""
+        behind = [p for p in self._behind(walk, current) if p in takes and self.need[p.key] > 0]
+        staying = any(p.stays and p.level == _size(walk.shape(current)) for p in takes)
+        return _fitting(walk, current, [p for p in behind if p.stays or not staying])
 
     def _behind(self, walk: _Walk, tensor: int) -> list[_Piece]:
         """What came right behind the operator that made a tensor, in networks."""
@@ -285,11 +294,16 @@ class _Packer:
 
     def _go_on(self, walk: _Walk, current: int, takes: Sequence[_Piece]) -> int:
         """What a walk goes on from: where nothing that needs a place came behind the last operator in a network,
-        something that did stands there, untimed."""
+        something that did stands there, untimed; from one that makes maps smaller the walk can climb back."""
         if not takes or len(walk.build) >= self.length or self._coming(walk, current, takes):
             return current
-        untimed = [p for p in self._behind(walk, current) if p.stays and len(p.operator.inputs) == 1]
-        fitting = _fitting(walk, current, [p for p in untimed if walk.has_room(p)])
+        here = walk.shape(current)
+        untimed = [
+            p
+            for p in self._behind(walk, current)
+            if len(p.operator.inputs) == 1 and (p.stays or _can_adapt(p.makes, here)) and walk.has_room(p)
+        ]
+        fitting = _fitting(walk, current, untimed)
         return walk.lead(current, self.rng.choice(fitting)) if fitting else current
 
     def _read(self, walk: _Walk, tensor: int, pieces: Sequence[_Piece]) -> tuple[_Piece, int] | None:
@@ -337,7 +351,7 @@ class _Packer:
             for lead in real or self.makers.get(piece.reads, [])
             if (real or lead.family != piece.family)
             and lead.level <= max(_size(here), piece.level)
-            and (lead.reads == here or (_can_adapt(here, lead.reads) and not _is_image(lead.reads)))
+            and (lead.reads == here or (_can_adapt(here, lead.reads) and lead.key not in self.images))
             and walk.has_room(piece, lead.parameters + _adapter_parameters(here, lead.reads), lead.activations)
         ]
 
@@ -458,8 +472,10 @@ def _can_adapt(here: Shape, there: Shape) -> bool:
     return _scale(here, there) is not None
 
 
-def _is_image(shape: Shape) -> bool:
-    return len(shape) == 4 and shape[1] <= RAW_CHANNELS
+def _is_image(operator: Operator) -> bool:
+    """Whether what an operator reads can be an image."""
+    shape = operator.inputs[0]
+    return len(operator.inputs) == 1 and len(shape) == 4 and shape[1] <= RAW_CHANNELS
 
 
 def _image(shape: Shape) -> Shape:
@@ -496,14 +512,13 @@ class _Walk:
     def shape(self, tensor: int) -> Shape:
         return self.build.shape(tensor)
 
-    def enter(self, operator: Operator) -> int:
-        """The carrier's inputs, adapted to those of its first operator; returns the first of them."""
+    def enter(self, operator: Operator, *, image: bool) -> int:
+        """The carrier's inputs, adapted to those of its first operator if that reads no image; returns the first."""
         self.inputs = len(operator.inputs)
-        sources = [self.build.input(shape if _is_image(shape) else _image(shape)) for shape in operator.inputs]
-        read = [
-            self._keep(source) if _is_image(shape) else self.adapt(source, shape, operator)
-            for source, shape in zip(sources, operator.inputs, strict=True)
-        ]
+        sources = [self.build.input(shape if image else _image(shape)) for shape in operator.inputs]
+        if image:
+            return self._keep(sources[0])
+        read = [self.adapt(source, shape, operator) for source, shape in zip(sources, operator.inputs, strict=True)]
         return read[0]
 
     def _keep(self, tensor: int) -> int:
