@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, isqrt, prod
 
@@ -37,6 +37,7 @@ from lut_db.operators import (
     Operator,
     Pool,
     Rearrange,
+    ResidualAdd,
     Shape,
     TransposedConvolution,
     Upsample,
@@ -64,7 +65,7 @@ IMAGE_CHANNELS = 8
 the features of its tokens."""
 
 TIMED = 0.5
-TIMED_BESIDE = 0.35
+TIMED_BESIDE = 0.3
 """Share of a carrier's operators that are timed; less where neighbours are known, more of which stand there."""
 
 RAW_CHANNELS = 4
@@ -103,6 +104,7 @@ class Carrier:
 def pack(
     wanted: Sequence[Operator], fillers: Sequence[Operator], carriers: int, length: int, seed: int,
     successions: Sequence[tuple[str, str]] = (), neighbours: Sequence[Operator] = (),
+    shortcuts: Sequence[tuple[str, str]] = (),
 ) -> list[Carrier]:  # fmt: skip
     """Carriers in which every wanted operator has a place in `carriers` different graphs.
 
@@ -110,9 +112,10 @@ def pack(
     an operator costs depends on what the caches hold. `fillers` have places in half as many: what is known of them
     shows whether the device has drifted. `successions` are pairs of keys, of operators that came right behind each
     other in networks that were asked for, and `neighbours` those of them that are neither wanted nor fillers: operators
-    get the neighbours that they have in networks, wherever that can be.
+    get the neighbours that they have in networks, wherever that can be. `shortcuts` are such pairs where the first made
+    what the second adds, be it through sums of equal shapes, which keep its layout.
     """
-    return _Packer(wanted, fillers, carriers, length, random.Random(seed), successions, neighbours).pack()
+    return _Packer(wanted, fillers, carriers, length, random.Random(seed), successions, neighbours, shortcuts).pack()
 
 
 _Kind = tuple[tuple[int, int], bool]
@@ -151,7 +154,7 @@ class _Piece:
 class _Packer:
     def __init__(
         self, wanted: Sequence[Operator], fillers: Sequence[Operator], carriers: int, length: int, rng: random.Random,
-        successions: Sequence[tuple[str, str]], neighbours: Sequence[Operator],
+        successions: Sequence[tuple[str, str]], neighbours: Sequence[Operator], shortcuts: Sequence[tuple[str, str]],
     ):  # fmt: skip
         self.need: Counter[str] = Counter({operator.key: max(1, carriers // 2) for operator in fillers})
         self.need.update({operator.key: carriers for operator in wanted})
@@ -176,6 +179,11 @@ class _Packer:
                 if len(maker.operator.inputs) == 1:
                     self.before.setdefault(second, []).append(maker)
         self.images = {piece.key for piece in known.values() if _is_image(piece.operator)} - made
+        self.roots: dict[str, list[_Piece]] = {}
+        """Operators that made the shortcuts which an operator added in networks, by its key."""
+        for first, second in shortcuts:
+            if first in known and second in known and known[second].operator.inputs[1:] == (known[first].makes,):
+                self.roots.setdefault(second, []).append(known[first])
         self.makers: dict[Shape, list[_Piece]] = {}
         for piece in self.pieces:
             if len(piece.operator.inputs) == 1:
@@ -225,11 +233,16 @@ class _Packer:
 
     def _carrier(self, start: _Piece, straight: bool) -> Carrier:
         """`straight`: it takes what makes maps smaller only where that needs a place."""
-        walk = _Walk(self.rng)
+        walk = _Walk(
+            self.rng, {key: {isinstance(p.operator, ResidualAdd) for p in roots} for key, roots in self.roots.items()}
+        )
         left = self._quota()
         unused = {piece.key: piece for piece in self.pieces}
-        current = walk.enter(start.operator, image=start.key in self.images)
-        found: tuple[_Piece, int] | None = (start, current)
+        found: tuple[_Piece, int] | None = None
+        if start.key in self.before:
+            found = self._read(walk, walk.begin(start.reads), [start])
+        if found is None:
+            found = (start, walk.enter(start.operator, image=start.key in self.images))
         while found is not None:
             piece, current = found
             left[piece.kind] -= 1
@@ -324,7 +337,8 @@ class _Packer:
             led = [(piece, leads) for piece in leading if (leads := self._leads(walk, here, piece))]
             while led:
                 piece = self._choose([piece for piece, _ in led])
-                source = walk.lead(tensor, self.rng.choice(next(leads for p, leads in led if p is piece)))
+                lead = self.rng.choice(next(leads for p, leads in led if p is piece))
+                source = walk.lead(self._bring(walk, tensor, piece, lead), lead)
                 if walk.can_place(piece.operator, source):
                     return piece, source
                 led = [(p, leads) for p, leads in led if p is not piece]
@@ -340,6 +354,21 @@ class _Packer:
                 return piece, adapted
             adaptable.remove(piece)
         return None
+
+    def _bring(self, walk: _Walk, tensor: int, piece: _Piece, lead: _Piece) -> int:
+        """What leads on to an operator's two inputs: where it adds a shortcut that is not there yet, that comes first,
+        as in a network, made by what makes it there."""
+        roots = self.roots.get(piece.key, [])
+        if len(piece.operator.inputs) == 1 or walk.has_shortcut(piece.operator, tensor):
+            return tensor
+        here, shape = walk.shape(tensor), piece.operator.inputs[1]
+        if not (_can_adapt(here, shape) and _can_adapt(shape, lead.reads) and walk.has_room(piece)):
+            return tensor
+        possible = [root for root in roots if all(_can_adapt(here, read) for read in root.operator.inputs)]
+        if not possible:
+            return walk.adapt(tensor, shape, piece.operator)
+        root = self.rng.choice(possible)
+        return walk.sum(tensor, root) if len(root.operator.inputs) == 2 else walk.lead(tensor, root)
 
     def _leads(self, walk: _Walk, here: Shape, piece: _Piece) -> list[_Piece]:
         """Operators that make what another reads, reachable from here: one stands between an adapter and it."""
@@ -359,7 +388,14 @@ class _Packer:
 def _fitting(walk: _Walk, tensor: int, pieces: Sequence[_Piece]) -> list[_Piece]:
     """Those of these operators that can read a tensor as it is."""
     here = walk.shape(tensor)
-    return [p for p in pieces if p.reads == here and walk.may_read(p, tensor) and walk.can_place(p.operator, tensor)]
+    return [
+        p
+        for p in pieces
+        if p.reads == here
+        and walk.may_read(p, tensor)
+        and walk.can_place(p.operator, tensor)
+        and (p.key not in walk.natures or walk.has_shortcut(p.operator, tensor))
+    ]
 
 
 def _family(operator: Operator) -> str:
@@ -488,7 +524,11 @@ def _image(shape: Shape) -> Shape:
 class _Walk:
     """A carrier under construction."""
 
-    def __init__(self, rng: random.Random) -> None:
+    def __init__(self, rng: random.Random, natures: Mapping[str, set[bool]]) -> None:
+        self.natures = natures
+        """Whether what an operator added in networks was a sum, by its key."""
+        self.sums: set[int] = set()
+        """Sums of different shapes, and what else was added to these: a runtime has them in its plain layout."""
         self.build = NetworkBuilder()
         self.rng = rng
         self.places: dict[int, str] = {}
@@ -511,6 +551,11 @@ class _Walk:
 
     def shape(self, tensor: int) -> Shape:
         return self.build.shape(tensor)
+
+    def begin(self, shape: Shape) -> int:
+        """An input from which adapters lead to a shape."""
+        self.inputs = 1
+        return self._keep(self.build.input(_image(shape)))
 
     def enter(self, operator: Operator, *, image: bool) -> int:
         """The carrier's inputs, adapted to those of its first operator if that reads no image; returns the first."""
@@ -600,15 +645,26 @@ class _Walk:
         return False
 
     def _second_input(self, operator: Operator, current: int) -> int | None:
-        """A tensor other than `current` for the second input: the latest that fits, as a block's shortcut is.
+        """A tensor other than `current` for the second input: the latest that fits, as a block's shortcut is, of those
+        that are sums, or none, as in networks, if there is one.
 
         An activation and its own input do not go together: in int8 their sum is one more function of the input.
         """
-        fitting = reversed(self.tensors.get(operator.inputs[1], []))
-        return next(
-            (t for t in fitting if t != current and not self._would_fuse(operator, t)
-             and not self._activates(current, t) and not self._activates(t, current)), None,
-        )  # fmt: skip
+        fitting = [
+            t for t in reversed(self.tensors.get(operator.inputs[1], [])) if t != current
+            and not self._would_fuse(operator, t) and not self._activates(current, t)
+            and not self._activates(t, current)
+        ]  # fmt: skip
+        return next((t for t in fitting if self._is_alike(operator, t)), fitting[0] if fitting else None)
+
+    def _is_alike(self, operator: Operator, shortcut: int) -> bool:
+        """Whether a tensor is what an operator adds in networks, as far as that is known."""
+        return (shortcut in self.sums) in self.natures.get(operator.key, {False, True})
+
+    def has_shortcut(self, operator: Operator, current: int) -> bool:
+        """Whether there is what an operator adds in networks, beside what it reads."""
+        second = self._second_input(operator, current)
+        return second is not None and self._is_alike(operator, second)
 
     def _activates(self, tensor: int, other: int) -> bool:
         """Whether one tensor is the activation of the other, and nothing else."""
@@ -641,6 +697,8 @@ class _Walk:
                 second = self.adapt(origin, operator.inputs[1], operator)
             inputs.append(second)
         tensor = self._add(operator, *inputs)
+        if len(inputs) == 2 and (isinstance(operator, ResidualAdd) or inputs[1] in self.sums):
+            self.sums.add(tensor)
         self.places[len(self.build) - 1] = operator.key
         self.timed_parameters += operator.parameters
         self.families[tensor] = _family(operator)
@@ -659,6 +717,16 @@ class _Walk:
         made = self._add(piece.operator, tensor)
         self.families[made] = piece.family
         self.keys[made] = piece.key
+        return self._keep(made)
+
+    def sum(self, tensor: int, piece: _Piece) -> int:
+        """An operator that adds, untimed, with adapters for both of its inputs."""
+        main, other = piece.operator.inputs
+        shortcut = self.adapt(tensor, other, piece.operator)
+        made = self._add(piece.operator, self.adapt(shortcut, main, piece.operator), shortcut)
+        self.families[made] = piece.family
+        self.keys[made] = piece.key
+        self.sums.add(made)
         return self._keep(made)
 
     def end(self, tensor: int) -> int:

@@ -57,9 +57,10 @@ class Lease(Value):
     `token` fences: it grows with every lease, and a report under a token that no longer holds changes nothing.
     `fillers` are operators already in the table: carriers are filled up with them, and they show drift, as
     `known_networks` do where whole networks are measured. `successions` says which operator, by its key, came right
-    behind which in networks that were asked for; those of them that are neither asked for here nor fillers are
-    `neighbours`, which only stand beside others in carriers. `known_ms` is what the table says of both. `canary_ms` is
-    the latency of the canary on which the target's tables are based, None until a first report has set it.
+    behind which in networks that were asked for, and `shortcuts` which made what another added there; those of them
+    that are neither asked for here nor fillers are `neighbours`, which only stand beside others in carriers. `known_ms`
+    is what the table says of both. `canary_ms` is the latency of the canary on which the target's tables are based,
+    None until a first report has set it.
     """
 
     token: int
@@ -70,6 +71,7 @@ class Lease(Value):
     networks: tuple[Network, ...] = ()
     fillers: tuple[Operator, ...] = ()
     successions: tuple[tuple[Key, Key], ...] = ()
+    shortcuts: tuple[tuple[Key, Key], ...] = ()
     neighbours: tuple[Operator, ...] = ()
     known_networks: tuple[Network, ...] = ()
     known_ms: dict[Key, float] = Field(default_factory=dict)

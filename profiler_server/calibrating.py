@@ -13,7 +13,7 @@ from lut_db.storage import Database, queries
 from lut_db.storage import models as m
 from lut_db.wire import CalibratedNetwork, Calibration, CalibrationRequest
 from profiler_server.correction import MIN_NETWORKS, Sample, fit_correction
-from profiler_server.scheduling import successions
+from profiler_server.scheduling import beside
 from profiler_server.settings import Settings
 from profiler_server.tables import require_context
 from profiler_server.waiting import waiting_for
@@ -45,8 +45,7 @@ def ask(session: Session, target: str, request: CalibrationRequest) -> m.Calibra
     for table, keys in sorted(wanted.items()):
         queries.lock_table(session, target, table)
         queries.enqueue(session, target, table, keys, now)
-    sequences = [[operator.key for operator in network.operators] for network in networks.values()]
-    queries.put_successions(session, successions(sequences, set(operators)))
+    queries.put_beside(session, *beside([network.operators for network in networks.values()], set(operators)))
     said = {"target": target, "plan": request.plan.key, "whole": request.whole.key, "networks": sorted(networks)}
     return queries.put_calibration(
         session, canonical_key("calibration", said), target=target, plan=request.plan.key, whole=request.whole.key,

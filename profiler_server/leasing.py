@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from math import isclose
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 from sqlalchemy.orm import Session
 
@@ -98,12 +98,12 @@ def compose(session: Session, token: int, settings: Settings) -> Lease | None:
     if record.reference is None:  # a device on trial is not to be brought to the table's speed
         known = _known_networks(session, record, networks, settings)
         known_ms = {workload.key: latency_ms for workload, latency_ms in [*fillers.items(), *known.items()]}
-    pairs, neighbours = _beside(session, plan, [*wanted, *fillers])
+    beside = _beside(session, plan, [*wanted, *fillers])
     left = record.deadline - queries.clock(session)
     return Lease(
         token=token, device=record.device, target=queries.read_target(session, record.target), plan=plan,
-        operators=tuple(wanted), networks=tuple(networks), fillers=tuple(fillers), successions=tuple(pairs),
-        neighbours=tuple(neighbours), known_networks=tuple(known), known_ms=known_ms,
+        operators=tuple(wanted), networks=tuple(networks), fillers=tuple(fillers), **beside,
+        known_networks=tuple(known), known_ms=known_ms,
         canary_ms=queries.read_canary(session, record.target),
         expires_in_s=max(left.total_seconds(), 0.0),
     )  # fmt: skip
@@ -125,18 +125,19 @@ def _fillers(
     return dict(known[index] for index in chosen)
 
 
-def _beside(
-    session: Session, plan: Plan, operators: Sequence[Operator]
-) -> tuple[list[tuple[str, str]], list[Operator]]:  # fmt: skip
-    """Which operators came behind which in networks that were asked for, of those in a lease's carriers, and those that
-    came before or behind one without being there themselves."""
+def _beside(session: Session, plan: Plan, operators: Sequence[Operator]) -> dict[str, Any]:
+    """What a lease tells of the networks that its operators came from: which came behind which, which added what
+    another made, and those of both that are not in the lease's carriers themselves."""
     if plan.context != "in_context":
-        return [], []
+        return {}
     keys = {operator.key for operator in operators}
-    pairs = scheduling.successions(queries.read_successions(session, keys), keys)
-    others = {key for pair in pairs for key in pair} - keys
+    behind, added = queries.read_beside(session, keys)
+    behind = scheduling.successions(behind, keys)
+    added = scheduling.few([pair for pair in added if pair[1] in keys])
+    others = {key for pair in (*behind, *added) for key in pair} - keys
     definitions = queries.read_definitions(session, others)
-    return pairs, [OPERATOR.validate_python(definitions[key][1]) for key in sorted(others)]
+    neighbours = tuple(OPERATOR.validate_python(definitions[key][1]) for key in sorted(others))
+    return {"successions": tuple(behind), "shortcuts": tuple(added), "neighbours": neighbours}
 
 
 def _known_networks(

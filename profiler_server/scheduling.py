@@ -10,7 +10,7 @@ from itertools import pairwise
 from math import log
 
 from lut_db.measurements import REFUSALS, Failure
-from lut_db.operators import Operator, Shape
+from lut_db.operators import Add, Convolution, Operator, ResidualAdd, Shape
 from lut_db.plans import Plan
 
 MAX_NETWORKS = 16
@@ -98,9 +98,18 @@ def choose_known_networks(wanted: Sequence[int], known: Sequence[int]) -> list[i
     return chosen
 
 
+_Pairs = list[tuple[str, str]]
+
+
+def beside(networks: Sequence[Sequence[Operator]], keys: Collection[str]) -> tuple[_Pairs, _Pairs]:
+    """What stands beside what in these networks, told by keys: which operator came right behind which, and which made
+    what is added by which, as far as `successions` and `shortcuts` tell."""
+    return successions([[o.key for o in network] for network in networks], keys), shortcuts(networks, keys)
+
+
 def successions(
     networks: Iterable[Sequence[str]], keys: Collection[str], most: int = MAX_BESIDE
-) -> list[tuple[str, str]]:  # fmt: skip
+) -> _Pairs:  # fmt: skip
     """Which operator comes right behind which in these networks, told by keys, where one of the two is among `keys`:
     for each of them `most` before it and as many behind it, where there are so many, and few more in all."""
     found: dict[tuple[str, str], None] = {}
@@ -115,6 +124,40 @@ def successions(
                 before[second] += 1
                 after[first] += 1
     return list(found)
+
+
+def shortcuts(networks: Iterable[Sequence[Operator]], keys: Collection[str]) -> _Pairs:
+    """Which operator made what is added by which in these networks, told by keys, where the second is among `keys`.
+
+    A network tells its operators in order; a shortcut is the latest that fits, but for what came right before. Sums of
+    equal shapes are passed by, to what made their own shortcut: a runtime has them in its layout.
+    """
+    found: _Pairs = []
+    for network in networks:
+        roots: list[Operator] = []
+        """Of every operator so far what made the layout of its output."""
+        for number, operator in enumerate(network):
+            root = operator
+            if isinstance(operator, Add | Convolution | ResidualAdd) and len(operator.inputs) == 2:
+                earlier = range(number - 2, -1, -1)
+                made = next((roots[n] for n in earlier if network[n].output == operator.inputs[1]), None)
+                if made is not None and operator.key in keys:
+                    found.append((made.key, operator.key))
+                if made is not None and not isinstance(operator, ResidualAdd):
+                    root = made
+            roots.append(root)
+    return few(found)
+
+
+def few(pairs: _Pairs, most: int = MAX_BESIDE) -> _Pairs:
+    """Different ones of these pairs, the first `most` of each second."""
+    count: Counter[str] = Counter()
+    found = []
+    for pair in dict.fromkeys(pairs):
+        count[pair[1]] += 1
+        if count[pair[1]] <= most:
+            found.append(pair)
+    return found
 
 
 def choose_fillers(wanted: Sequence[Operator], known: Sequence[Operator], count: int, seed: int) -> list[int]:

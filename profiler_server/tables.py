@@ -10,12 +10,12 @@ from lut_db.errors import InvalidInput
 from lut_db.estimates import OperatorRow, Traits, estimate
 from lut_db.measurements import Status
 from lut_db.networks import Network
-from lut_db.operators import Operator
+from lut_db.operators import OPERATOR, Operator
 from lut_db.plans import Plan
 from lut_db.storage import models as m
 from lut_db.storage import queries
 from lut_db.wire import Lookup, LookupRequest, NetworksAnswer, Pin
-from profiler_server.scheduling import successions
+from profiler_server.scheduling import beside
 from profiler_server.settings import Settings
 from profiler_server.waiting import waiting_for
 
@@ -90,14 +90,16 @@ def record_lookup(
         rows = queries.frozen_rows(session, pin.id, keys)
         if len(rows) < len(keys):
             # Before the lock: others wait for it.
-            beside = successions(request.networks, {key for key in keys if key not in rows})
+            new = {key for key in keys if key not in rows}
+            networks = _defined(session, [network for network in request.networks if not new.isdisjoint(network)])
+            pairs = beside(networks, new)
             queries.lock_table(session, pin.target, pin.plan)
             queries.freeze_rows(session, pin, keys)
             rows = queries.frozen_rows(session, pin.id, keys)
             missing = [key for key in keys if key not in rows]
             enqueued = queries.enqueue(session, pin.target, pin.plan, missing, queries.clock(session))
             if enqueued:
-                queries.put_successions(session, beside)
+                queries.put_beside(session, *pairs)
             if missing and not final:
                 return None, enqueued
         if not pin.correction_frozen and _any_latency(request, rows):
@@ -105,6 +107,13 @@ def record_lookup(
     else:
         rows = queries.frozen_rows(session, pin.id, keys)
     return _answer(session, pin, request, rows, traits, settings), enqueued
+
+
+def _defined(session: Session, networks: Sequence[Sequence[str]]) -> list[list[Operator]]:
+    """Networks by the definitions of their operators."""
+    definitions = queries.read_definitions(session, {key for network in networks for key in network})
+    operators = {key: OPERATOR.validate_python(definition) for key, (_, definition) in definitions.items()}
+    return [[operators[key] for key in network] for network in networks]
 
 
 def _any_latency(request: LookupRequest, rows: Mapping[str, OperatorRow]) -> bool:

@@ -170,12 +170,14 @@ class Lease(Base):
 
 
 class Succession(Base):
-    """That one operator came right behind another in a network that was asked for: what carriers are made like."""
+    """That one operator came right behind another in a network that was asked for, or added what that had made: what
+    carriers are made like."""
 
     __tablename__ = "successions"
 
     before: Mapped[str] = mapped_column(ForeignKey("workloads.key"), primary_key=True)
     after: Mapped[str] = mapped_column(ForeignKey("workloads.key"), primary_key=True, index=True)
+    shortcut: Mapped[bool] = mapped_column(primary_key=True)
 
 
 class Row(Base):

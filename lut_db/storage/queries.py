@@ -331,21 +331,29 @@ def read_definitions(session: Session, keys: Iterable[str]) -> dict[str, tuple[s
     return {record.key: (record.kind, record.definition) for record in session.scalars(query)}
 
 
-def put_successions(session: Session, pairs: Iterable[tuple[str, str]]) -> None:
-    """Records that operators came right behind others: keys of what is recorded, `(before, after)`."""
-    rows = [{"before": before, "after": after} for before, after in sorted(set(pairs))]
+def put_beside(
+    session: Session, successions: Iterable[tuple[str, str]], shortcuts: Iterable[tuple[str, str]]
+) -> None:  # fmt: skip
+    """Records that operators came right behind others, and that they added what others had made: keys of what is
+    recorded, `(before, after)`."""
+    rows = [
+        {"before": before, "after": after, "shortcut": shortcut}
+        for shortcut, pairs in ((False, successions), (True, shortcuts))
+        for before, after in sorted(set(pairs))
+    ]
     if rows:
         session.execute(_insert(session, m.Succession).on_conflict_do_nothing(), rows)
 
 
-def read_successions(session: Session, keys: Iterable[str]) -> list[tuple[str, str]]:
-    """What is recorded of these operators and of those beside them, as `put_successions` takes it."""
+def read_beside(session: Session, keys: Iterable[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """What is recorded of these operators and of those beside them, as `put_beside` takes it."""
     each = _each(session, keys)
     sides = (
-        select(m.Succession.before, m.Succession.after).where(side.in_(select(each.c.value)))
+        select(m.Succession.before, m.Succession.after, m.Succession.shortcut).where(side.in_(select(each.c.value)))
         for side in (m.Succession.before, m.Succession.after)
     )
-    return sorted((before, after) for before, after in session.execute(union(*sides)))
+    found = [(bool(shortcut), (before, after)) for before, after, shortcut in session.execute(union(*sides))]
+    return sorted(pair for added, pair in found if not added), sorted(pair for added, pair in found if added)
 
 
 # --- rows -----------------------------------------------------------------------------------------------------

@@ -206,13 +206,14 @@ def test_the_queue_holds_each_once_and_nothing_that_has_a_row(database: Database
 def test_who_stands_beside_whom_is_kept_once(database: Database) -> None:
     keys = prepare(database, 4)
     pairs = [(keys[0], keys[1]), (keys[1], keys[2]), (keys[3], keys[2])]
-    for some in (pairs[:2], pairs, []):
+    added = [(keys[0], keys[2]), (keys[0], keys[1])]
+    for some, others in ((pairs[:2], added), (pairs, added[:1]), ([], [])):
         with database.write() as session:
-            queries.put_successions(session, some)
+            queries.put_beside(session, some, others)
     with database.read() as session:
-        assert set(queries.read_successions(session, keys)) == set(pairs)
-        assert set(queries.read_successions(session, [keys[0], keys[3]])) == {pairs[0], pairs[2]}
-        assert queries.read_successions(session, []) == []
+        assert queries.read_beside(session, keys) == (sorted(pairs), sorted(added))
+        assert queries.read_beside(session, [keys[3]]) == ([pairs[2]], [])
+        assert queries.read_beside(session, []) == ([], [])
 
 
 def test_a_device_has_one_active_lease(database: Database) -> None:

@@ -1,4 +1,4 @@
-"""Which operators follow which in the networks that are asked for."""
+"""Which operators follow which in the networks that are asked for, and which add what others made."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ def upgrade() -> None:
         "successions",
         sa.Column("before", sa.String(32), nullable=False),
         sa.Column("after", sa.String(32), nullable=False),
+        sa.Column("shortcut", sa.Boolean(), nullable=False),
         sa.ForeignKeyConstraint(["before"], ["workloads.key"], name="fk_successions_before_workloads"),
         sa.ForeignKeyConstraint(["after"], ["workloads.key"], name="fk_successions_after_workloads"),
-        sa.PrimaryKeyConstraint("before", "after", name="pk_successions"),
+        sa.PrimaryKeyConstraint("before", "after", "shortcut", name="pk_successions"),
     )
     op.create_index("ix_successions_after", "successions", ["after"])
 
