@@ -176,7 +176,7 @@ class _Packer:
             made.add(second)
             if not _would_fuse(maker.operator, reader.operator):
                 self.behind.setdefault(first, []).append(reader)
-                if len(maker.operator.inputs) == 1:
+                if len(maker.operator.inputs) == 1 or _is_sum(maker.operator):
                     self.before.setdefault(second, []).append(maker)
         self.images = {piece.key for piece in known.values() if _is_image(piece.operator)} - made
         self.roots: dict[str, list[_Piece]] = {}
@@ -184,6 +184,7 @@ class _Packer:
         for first, second in shortcuts:
             if first in known and second in known and known[second].operator.inputs[1:] == (known[first].makes,):
                 self.roots.setdefault(second, []).append(known[first])
+        self.natures = {key: {_is_sum(root.operator) for root in roots} for key, roots in self.roots.items()}
         self.makers: dict[Shape, list[_Piece]] = {}
         for piece in self.pieces:
             if len(piece.operator.inputs) == 1:
@@ -233,15 +234,12 @@ class _Packer:
 
     def _carrier(self, start: _Piece, straight: bool) -> Carrier:
         """`straight`: it takes what makes maps smaller only where that needs a place."""
-        walk = _Walk(
-            self.rng, {key: {isinstance(p.operator, ResidualAdd) for p in roots} for key, roots in self.roots.items()}
-        )
         left = self._quota()
         unused = {piece.key: piece for piece in self.pieces}
-        found: tuple[_Piece, int] | None = None
-        if start.key in self.before:
-            found = self._read(walk, walk.begin(start.reads), [start])
+        walk = _Walk(self.rng, self.natures)
+        found = self._read(walk, walk.begin(start.reads), [start]) if start.key in self.before else None
         if found is None:
+            walk = _Walk(self.rng, self.natures)
             found = (start, walk.enter(start.operator, image=start.key in self.images))
         while found is not None:
             piece, current = found
@@ -358,17 +356,20 @@ class _Packer:
     def _bring(self, walk: _Walk, tensor: int, piece: _Piece, lead: _Piece) -> int:
         """What leads on to an operator's two inputs: where it adds a shortcut that is not there yet, that comes first,
         as in a network, made by what makes it there."""
-        roots = self.roots.get(piece.key, [])
         if len(piece.operator.inputs) == 1 or walk.has_shortcut(piece.operator, tensor):
             return tensor
         here, shape = walk.shape(tensor), piece.operator.inputs[1]
-        if not (_can_adapt(here, shape) and _can_adapt(shape, lead.reads) and walk.has_room(piece)):
+        if not (_can_adapt(here, shape) and _can_adapt(shape, lead.reads)):
             return tensor
-        possible = [root for root in roots if all(_can_adapt(here, read) for read in root.operator.inputs)]
+        possible = [
+            root
+            for root in self.roots.get(piece.key, [])
+            if self._can_lead(here, root)
+            and walk.has_room(root, piece.parameters + lead.parameters, piece.activations + lead.activations)
+        ]
         if not possible:
             return walk.adapt(tensor, shape, piece.operator)
-        root = self.rng.choice(possible)
-        return walk.sum(tensor, root) if len(root.operator.inputs) == 2 else walk.lead(tensor, root)
+        return walk.lead(tensor, self.rng.choice(possible))
 
     def _leads(self, walk: _Walk, here: Shape, piece: _Piece) -> list[_Piece]:
         """Operators that make what another reads, reachable from here: one stands between an adapter and it."""
@@ -380,9 +381,15 @@ class _Packer:
             for lead in real or self.makers.get(piece.reads, [])
             if (real or lead.family != piece.family)
             and lead.level <= max(_size(here), piece.level)
-            and (lead.reads == here or (_can_adapt(here, lead.reads) and lead.key not in self.images))
+            and self._can_lead(here, lead)
             and walk.has_room(piece, lead.parameters + _adapter_parameters(here, lead.reads), lead.activations)
         ]
+
+    def _can_lead(self, here: Shape, lead: _Piece) -> bool:
+        """Whether an operator can stand untimed behind such a tensor, behind adapters where it does not fit."""
+        if lead.reads == here and len(lead.operator.inputs) == 1:
+            return True
+        return lead.key not in self.images and all(_can_adapt(here, read) for read in lead.operator.inputs)
 
 
 def _fitting(walk: _Walk, tensor: int, pieces: Sequence[_Piece]) -> list[_Piece]:
@@ -396,6 +403,11 @@ def _fitting(walk: _Walk, tensor: int, pieces: Sequence[_Piece]) -> list[_Piece]
         and walk.can_place(p.operator, tensor)
         and (p.key not in walk.natures or walk.has_shortcut(p.operator, tensor))
     ]
+
+
+def _is_sum(operator: Operator) -> bool:
+    """Whether an operator adds what differs in shape, which a runtime does apart from whatever made it."""
+    return isinstance(operator, ResidualAdd)
 
 
 def _family(operator: Operator) -> str:
@@ -697,7 +709,7 @@ class _Walk:
                 second = self.adapt(origin, operator.inputs[1], operator)
             inputs.append(second)
         tensor = self._add(operator, *inputs)
-        if len(inputs) == 2 and (isinstance(operator, ResidualAdd) or inputs[1] in self.sums):
+        if len(inputs) == 2 and (_is_sum(operator) or inputs[1] in self.sums):
             self.sums.add(tensor)
         self.places[len(self.build) - 1] = operator.key
         self.timed_parameters += operator.parameters
@@ -711,22 +723,18 @@ class _Walk:
 
     def lead(self, tensor: int, piece: _Piece) -> int:
         """An operator that is not timed, behind an adapter where it does not fit."""
-        fits = self.shape(tensor) == piece.reads and self.may_read(piece, tensor)
-        if not (fits and self.can_place(piece.operator, tensor)):
-            tensor = self.adapt(tensor, piece.reads, piece.operator)
-        made = self._add(piece.operator, tensor)
+        if _is_sum(piece.operator):
+            main, other = piece.operator.inputs
+            shortcut = tensor if self.shape(tensor) == other else self.adapt(tensor, other, piece.operator)
+            made = self._add(piece.operator, self.adapt(shortcut, main, piece.operator), shortcut)
+            self.sums.add(made)
+        else:
+            fits = self.shape(tensor) == piece.reads and self.may_read(piece, tensor)
+            if not (fits and self.can_place(piece.operator, tensor)):
+                tensor = self.adapt(tensor, piece.reads, piece.operator)
+            made = self._add(piece.operator, tensor)
         self.families[made] = piece.family
         self.keys[made] = piece.key
-        return self._keep(made)
-
-    def sum(self, tensor: int, piece: _Piece) -> int:
-        """An operator that adds, untimed, with adapters for both of its inputs."""
-        main, other = piece.operator.inputs
-        shortcut = self.adapt(tensor, other, piece.operator)
-        made = self._add(piece.operator, self.adapt(shortcut, main, piece.operator), shortcut)
-        self.families[made] = piece.family
-        self.keys[made] = piece.key
-        self.sums.add(made)
         return self._keep(made)
 
     def end(self, tensor: int) -> int:

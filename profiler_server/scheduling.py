@@ -129,18 +129,21 @@ def successions(
 def shortcuts(networks: Iterable[Sequence[Operator]], keys: Collection[str]) -> _Pairs:
     """Which operator made what is added by which in these networks, told by keys, where the second is among `keys`.
 
-    A network tells its operators in order; a shortcut is the latest that fits, but for what came right before. Sums of
-    equal shapes are passed by, to what made their own shortcut: a runtime has them in its layout.
+    A network tells its operators in order: a block adds what it began with, the first that fits from the last sum on,
+    or else the latest before. Sums of equal shapes are passed by, to what made their own shortcut: a runtime has them
+    in its layout.
     """
     found: _Pairs = []
     for network in networks:
         roots: list[Operator] = []
         """Of every operator so far what made the layout of its output."""
+        last = 0
         for number, operator in enumerate(network):
             root = operator
             if isinstance(operator, Add | Convolution | ResidualAdd) and len(operator.inputs) == 2:
-                earlier = range(number - 2, -1, -1)
+                earlier = [*range(last, number - 1), *range(last - 1, -1, -1)]
                 made = next((roots[n] for n in earlier if network[n].output == operator.inputs[1]), None)
+                last = number
                 if made is not None and operator.key in keys:
                     found.append((made.key, operator.key))
                 if made is not None and not isinstance(operator, ResidualAdd):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import random
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from itertools import pairwise, permutations
 from math import prod
 
@@ -11,10 +13,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operators_at_random import ANY
 
-from device_agents.packing import MAX_BALLAST, ROOM_ACTIVATIONS, ROOM_PARAMETERS, WEIGHTED, pack
+from device_agents.packing import MAX_BALLAST, ROOM_ACTIVATIONS, ROOM_PARAMETERS, WEIGHTED, Carrier, pack
 from lut_db.canary import canary
 from lut_db.lowering.onnx import to_onnx
-from lut_db.operators import Activate, Add, ChannelBypass, Convolution, LayerNorm, Linear, Operator, Pool, SqueezeExcite
+from lut_db.networks import Network
+from lut_db.operators import (
+    Activate,
+    Add,
+    ChannelBypass,
+    Convolution,
+    LayerNorm,
+    Linear,
+    Operator,
+    Pool,
+    ResidualAdd,
+    SqueezeExcite,
+)
+from profiler_server.scheduling import beside
 from search_client import networks
 from search_client.architecture import Architecture
 
@@ -33,7 +48,7 @@ def test_every_wanted_operator_is_in_that_many_carriers(
 ) -> None:
     """Whatever is said to come behind whatever, in networks that may never have been."""
     said = [(a.key, b.key) for a, b in permutations([*wanted, *fillers, *neighbours], 2)] if neighbours else []
-    packed = pack(wanted, fillers, carriers, length, seed, said, neighbours)
+    packed = pack(wanted, fillers, carriers, length, seed, said, neighbours, said)
     known = {operator.key: operator for operator in [*wanted, *fillers]}
     places = Counter(key for carrier in packed for key in set(carrier.places.values()))
     assert all(places[operator.key] >= carriers for operator in wanted)
@@ -168,6 +183,92 @@ def test_operators_stand_between_those_that_they_stand_between_in_networks() -> 
 
     assert share(sorted(successions), others) > 0.8
     assert share([], []) < 0.5
+
+
+def narrow_networks() -> list[Network]:
+    """Sub-networks of odd widths, which add what differs in shape; the first layers have few channels."""
+    description = networks.load("mobilenet_v3", image_size=64, width=0.5)
+    rng = random.Random(0)
+    drawn = []
+    for _ in range(6):
+        architecture = description.space.full
+        for number, layer in enumerate(description.space.layers):
+            architecture = architecture.with_width(number, rng.choice(layer.widths[1 if number == 0 else 0 :]))
+        drawn.append(description.network(description.canonical(architecture)))
+    return drawn
+
+
+def packed_like(drawn: list[Network]) -> list[Carrier]:
+    """Carriers of a third of the operators, with all that is known of the others."""
+    operators = list(dict.fromkeys(operator for network in drawn for operator in network.operators))
+    wanted, others = operators[::3], [o for number, o in enumerate(operators) if number % 3]
+    behind, added = beside([network.operators for network in drawn], {operator.key for operator in wanted})
+    return pack(wanted, [], 4, len(drawn[0].nodes), 0, behind, others, added)
+
+
+def test_an_operator_adds_what_it_adds_in_networks() -> None:
+    """A runtime does a sum within a convolution where both have its layout, and apart where what is added is a sum of
+    other widths. What is added was made before what it is added to, not just in time."""
+    drawn = narrow_networks()
+    natures: dict[str, set[bool]] = defaultdict(set)
+
+    def sums(network: Network) -> Iterator[tuple[int, Operator, bool]]:
+        """Those that add, and whether what they add is a sum of different widths, or something added to one."""
+        inputs, wide = len(network.inputs), set[int]()
+        for number, node in enumerate(network.nodes):
+            if len(node.inputs) == 2:
+                yield number, node.operator, node.inputs[1] in wide
+                if isinstance(node.operator, ResidualAdd) or node.inputs[1] in wide:
+                    wide.add(inputs + number)
+
+    for network in drawn:
+        for _, operator, wide in sums(network):
+            natures[operator.key].add(wide)
+    alike = before = total = 0
+    for carrier in packed_like(drawn):
+        for number, operator, wide in sums(carrier.network):
+            if number in carrier.places:
+                main, other = carrier.network.nodes[number].inputs
+                total += 1
+                alike += wide in natures[operator.key]
+                before += other < main
+    assert total > 40
+    assert alike > 0.85 * total
+    assert before > 0.85 * total
+
+
+def test_few_channels_are_an_image_only_where_nothing_makes_them() -> None:
+    drawn = narrow_networks()
+    stems = {network.nodes[0].operator.key for network in drawn}
+    narrow = 0
+    for carrier in packed_like(drawn):
+        for number, key in carrier.places.items():
+            node = carrier.network.nodes[number]
+            if node.operator.inputs[0][1] <= 4:
+                narrow += key not in stems
+                assert (node.inputs[0] < len(carrier.network.inputs)) == (key in stems)
+    assert narrow > 20
+
+
+def test_what_makes_maps_smaller_stands_behind_what_it_stands_behind_in_networks() -> None:
+    """Most carriers hold other operators of the larger maps, to which the walk climbs back."""
+    drawn = narrow_networks()
+    behind: dict[str, set[str]] = defaultdict(set)
+    smaller: set[str] = set()
+    for network in drawn:
+        for one, other in pairwise(network.operators):
+            behind[one.key].add(other.key)
+            if other.output[2:] != other.inputs[0][2:]:
+                smaller.add(other.key)
+    total = alike = 0
+    for carrier in packed_like(drawn):
+        inputs, consumers = len(carrier.network.inputs), carrier.network.consumers()
+        for number, key in carrier.places.items():
+            if behind[key] and behind[key] <= smaller and carrier.network.nodes[number].operator.output[2] > 4:
+                total += 1
+                alike += any(carrier.network.nodes[n].operator.key in behind[key] for n in consumers[inputs + number])
+    assert total > 20
+    assert alike > 0.7 * total
 
 
 def test_nothing_that_two_begin_with_is_read_by_both() -> None:

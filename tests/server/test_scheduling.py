@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lut_db.measurements import REFUSALS, TRANSIENT, Failure
-from lut_db.operators import Convolution, Linear
+from lut_db.operators import Convolution, Linear, ResidualAdd
 from lut_db.plans import WHOLE, Plan
 from profiler_server.scheduling import (
     MAX_ATTEMPTS,
@@ -17,10 +18,13 @@ from profiler_server.scheduling import (
     choose_fillers,
     choose_known_networks,
     fate,
+    few,
     filler_count,
     lease_size,
+    shortcuts,
     successions,
 )
+from search_client import networks
 
 channels = st.integers(1, 6)
 convolutions = st.builds(
@@ -80,6 +84,48 @@ def test_successions_are_those_of_the_networks(networks: list[list[str]], keys: 
     assert successions(networks, keys, len(asked) + 1) == list(
         dict.fromkeys(pair for network in networks for pair in pairwise(network) if pair in asked and keys & set(pair))
     )
+
+
+def test_shortcuts_are_those_of_the_networks() -> None:
+    """Told by operators in their order alone, they are nearly what the graphs say: of two operators that make tensors
+    of one shape behind each other, the first is taken, which is seldom of another kind."""
+    description = networks.load("mobilenet_v3", image_size=32)
+    rng = random.Random(0)
+    total = right = alike = 0
+    for _ in range(24):
+        architecture = description.space.full
+        for number, layer in enumerate(description.space.layers):
+            architecture = architecture.with_width(number, rng.choice(layer.widths[1 if number == 0 else 0 :]))
+        network = description.network(description.canonical(architecture))
+        inputs = len(network.inputs)
+        asked: set[tuple[str, str]] = set()
+        for node in network.nodes:
+            if len(node.inputs) == 2:
+                made = network.nodes[node.inputs[1] - inputs]
+                while isinstance(made.operator, Convolution) and made.operator.residual:
+                    made = network.nodes[made.inputs[1] - inputs]
+                asked.add((made.operator.key, node.operator.key))
+        keys = {key for _, key in asked}
+        found = shortcuts([network.operators], keys)
+        assert {key for _, key in found} == keys
+        sums = {operator.key: isinstance(operator, ResidualAdd) for operator in network.operators}
+        total += len(asked)
+        right += len(asked & set(found))
+        alike += len({(sums[made], key) for made, key in asked} & {(sums[made], key) for made, key in found})
+        some = set(rng.sample(sorted(keys), len(keys) // 2))
+        assert shortcuts([network.operators], some) == [pair for pair in found if pair[1] in some]
+    assert total > 200
+    assert right > 0.8 * total
+    assert alike > 0.97 * total
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from("xy"))), st.integers(1, 3))
+def test_few_are_told_of_each(pairs: list[tuple[str, str]], most: int) -> None:
+    found = few(pairs, most)
+    assert len(set(found)) == len(found)
+    for second in "xy":
+        asked = list(dict.fromkeys(pair for pair in pairs if pair[1] == second))
+        assert [pair for pair in found if pair[1] == second] == asked[:most]
 
 
 def test_neighbours_come_before_strangers() -> None:
