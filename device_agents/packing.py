@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, floor, isqrt, prod
 
@@ -77,6 +77,8 @@ ROOM_ACTIVATIONS = 1 << 30
 """Weights and elements in all beyond which a carrier takes nothing more (1 and 4 GiB of float32): operators that may
 each be there must not make a graph together that no device holds. The first, its adapters, and
 the ballast are always taken."""
+
+BOTH = (False, True)
 
 MIN_BALLAST = 64
 """Features of a ballast's layers below which its weights do not matter."""
@@ -162,7 +164,8 @@ class _Packer:
         self.pieces = list({operator.key: _Piece.of(operator) for operator in [*wanted, *fillers]}.values())
         known = {piece.key: piece for piece in self.pieces}
         known |= {operator.key: _Piece.of(operator) for operator in neighbours if operator.key not in known}
-        made: set[str] = set()
+        self.natures: dict[tuple[str, int], set[bool]] = {}
+        """Whether what made an operator's input in networks was a sum, by its key and the input's number."""
         self.before: dict[str, list[_Piece]] = {}
         self.behind: dict[str, list[_Piece]] = {}
         """Operators that came right before and right behind an operator in networks, by its key: of the first those
@@ -173,18 +176,20 @@ class _Packer:
             maker, reader = known[first], known[second]
             if maker.makes != reader.reads:
                 continue
-            made.add(second)
+            summed = {_is_sum(maker.operator)} if len(maker.operator.inputs) == 1 or _is_sum(maker.operator) else BOTH
+            self.natures.setdefault((second, 0), set()).update(summed)
             if not _would_fuse(maker.operator, reader.operator):
                 self.behind.setdefault(first, []).append(reader)
                 if len(maker.operator.inputs) == 1 or _is_sum(maker.operator):
                     self.before.setdefault(second, []).append(maker)
-        self.images = {piece.key for piece in known.values() if _is_image(piece.operator)} - made
+        self.images = {piece.key for piece in known.values() if _is_image(piece.operator)}
+        self.images -= {key for key, _ in self.natures}
         self.roots: dict[str, list[_Piece]] = {}
         """Operators that made the shortcuts which an operator added in networks, by its key."""
         for first, second in shortcuts:
             if first in known and second in known and known[second].operator.inputs[1:] == (known[first].makes,):
                 self.roots.setdefault(second, []).append(known[first])
-        self.natures = {key: {_is_sum(root.operator) for root in roots} for key, roots in self.roots.items()}
+                self.natures.setdefault((second, 1), set()).add(_is_sum(known[first].operator))
         self.makers: dict[Shape, list[_Piece]] = {}
         for piece in self.pieces:
             if len(piece.operator.inputs) == 1:
@@ -237,7 +242,7 @@ class _Packer:
         left = self._quota()
         unused = {piece.key: piece for piece in self.pieces}
         walk = _Walk(self.rng, self.natures)
-        found = self._read(walk, walk.begin(start.reads), [start]) if start.key in self.before else None
+        found = self._read(walk, walk.begin(start.operator), [start]) if start.key in self.before else None
         if found is None:
             walk = _Walk(self.rng, self.natures)
             found = (start, walk.enter(start.operator, image=start.key in self.images))
@@ -401,7 +406,8 @@ def _fitting(walk: _Walk, tensor: int, pieces: Sequence[_Piece]) -> list[_Piece]
         if p.reads == here
         and walk.may_read(p, tensor)
         and walk.can_place(p.operator, tensor)
-        and (p.key not in walk.natures or walk.has_shortcut(p.operator, tensor))
+        and walk.is_alike(p.operator, 0, tensor)
+        and ((p.key, 1) not in walk.natures or walk.has_shortcut(p.operator, tensor))
     ]
 
 
@@ -536,9 +542,8 @@ def _image(shape: Shape) -> Shape:
 class _Walk:
     """A carrier under construction."""
 
-    def __init__(self, rng: random.Random, natures: Mapping[str, set[bool]]) -> None:
+    def __init__(self, rng: random.Random, natures: Mapping[tuple[str, int], Collection[bool]]) -> None:
         self.natures = natures
-        """Whether what an operator added in networks was a sum, by its key."""
         self.sums: set[int] = set()
         """Sums of different shapes, and what else was added to these: a runtime has them in its plain layout."""
         self.build = NetworkBuilder()
@@ -564,10 +569,11 @@ class _Walk:
     def shape(self, tensor: int) -> Shape:
         return self.build.shape(tensor)
 
-    def begin(self, shape: Shape) -> int:
-        """An input from which adapters lead to a shape."""
+    def begin(self, operator: Operator) -> int:
+        """A tensor from which adapters lead to what an operator reads."""
         self.inputs = 1
-        return self._keep(self.build.input(_image(shape)))
+        shape = _image(operator.inputs[0])
+        return self.adapt(self.build.input(shape), shape, operator)
 
     def enter(self, operator: Operator, *, image: bool) -> int:
         """The carrier's inputs, adapted to those of its first operator if that reads no image; returns the first."""
@@ -667,16 +673,16 @@ class _Walk:
             and not self._would_fuse(operator, t) and not self._activates(current, t)
             and not self._activates(t, current)
         ]  # fmt: skip
-        return next((t for t in fitting if self._is_alike(operator, t)), fitting[0] if fitting else None)
+        return next((t for t in fitting if self.is_alike(operator, 1, t)), fitting[0] if fitting else None)
 
-    def _is_alike(self, operator: Operator, shortcut: int) -> bool:
-        """Whether a tensor is what an operator adds in networks, as far as that is known."""
-        return (shortcut in self.sums) in self.natures.get(operator.key, {False, True})
+    def is_alike(self, operator: Operator, number: int, tensor: int) -> bool:
+        """Whether a tensor is a sum, or none, as an operator's input of this number is in networks."""
+        return (tensor in self.sums) in self.natures.get((operator.key, number), BOTH)
 
     def has_shortcut(self, operator: Operator, current: int) -> bool:
         """Whether there is what an operator adds in networks, beside what it reads."""
         second = self._second_input(operator, current)
-        return second is not None and self._is_alike(operator, second)
+        return second is not None and self.is_alike(operator, 1, second)
 
     def _activates(self, tensor: int, other: int) -> bool:
         """Whether one tensor is the activation of the other, and nothing else."""

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import TracebackType
@@ -57,6 +58,10 @@ ANSWER_S = 60.0
 """How long an answer may take beyond the time that the request asked the service to wait."""
 OPERATORS_PER_REQUEST = 2000
 NETWORKS_PER_REQUEST = 64
+NETWORKS_PER_LOOKUP = 512
+NETWORKS_PER_OPERATOR = 4
+"""Networks in which an operator that is not measured yet is told: enough to show what it may stand beside."""
+
 RETRIED = frozenset({502, 503, 504})
 
 Answer = TypeVar("Answer", bound=BaseModel)
@@ -258,15 +263,21 @@ class ProfilerClient:
         self.counters.networks += len(networks)
         self.counters.lookups += sum(map(len, keys))
         self.counters.operators += len(lacking)
-        self._learn(lacking)
+        self._learn(lacking, keys, definitions)
         return [estimate(network, self._rows, self._traits, self._correction) for network in keys]
 
-    def _learn(self, lacking: dict[str, Operator]) -> None:
-        """Reads the rows of operators that were never asked for, and waits for those that must be measured."""
+    def _learn(
+        self, lacking: Mapping[str, Operator], networks: Sequence[Sequence[str]], definitions: Mapping[str, Operator]
+    ) -> None:
+        """Reads the rows of operators that were never asked for, and waits for those that must be measured.
+
+        They are asked for in networks that they are in: the service has them measured beside what they stand beside.
+        """
         pending: dict[str, Operator] = {}
-        for some in _chunks(list(lacking), OPERATORS_PER_REQUEST):
-            answer = self._lookup({key: lacking[key] for key in some}, wait_s=0.0)
-            pending.update({key: lacking[key] for key in self._keep(some, answer)})
+        for some in _told(networks, lacking):
+            answer = self._lookup(some, definitions, wait_s=0.0)
+            asked = lacking.keys() & {key for network in some for key in network}
+            pending.update({key: lacking[key] for key in self._keep(asked, answer)})
         if pending:
             with self._waiting():
                 self._await(pending)
@@ -277,7 +288,7 @@ class ProfilerClient:
         patience = _Patience(self._patience_s)
         while pending:
             some = list(pending)[:OPERATORS_PER_REQUEST]
-            answer = self._lookup({key: pending[key] for key in some}, wait_s=self._poll_s)
+            answer = self._lookup([[key] for key in some], pending, wait_s=self._poll_s)
             still = set(self._keep(some, answer))
             measured = [key for key in some if key not in still]
             self.counters.measured += len(measured)
@@ -287,9 +298,11 @@ class ProfilerClient:
             if pending and patience.out(len(pending)):
                 raise self._pending(list(pending.values()), answer.waiting_for)
 
-    def _lookup(self, operators: dict[str, Operator], wait_s: float) -> Lookup:
-        """One lookup of these operators; definitions go along only if the service asks for them."""
-        request = LookupRequest(networks=(tuple(operators),), wait_s=wait_s)
+    def _lookup(
+        self, networks: Sequence[Sequence[str]], operators: Mapping[str, Operator], wait_s: float
+    ) -> Lookup:  # fmt: skip
+        """One lookup of these networks; definitions go along only if the service asks for them."""
+        request = LookupRequest(networks=tuple(map(tuple, networks)), wait_s=wait_s)
         path = f"{API}/pins/{self.pin.id}/lookup"
         answer = self._post(path, request, Lookup, wait_s)
         if answer.unknown:
@@ -537,6 +550,23 @@ def _problem(response: httpx.Response) -> Problem:
 def _first(error: ValidationError) -> str:
     first = error.errors()[0]
     return f"{'.'.join(map(str, first['loc'])) or 'body'}: {first['msg']}"
+
+
+def _told(networks: Sequence[Sequence[str]], lacking: Collection[str]) -> Iterator[list[Sequence[str]]]:
+    """Those of these networks that tell where operators stand, some for each that is lacking, by requests."""
+    told: Counter[str] = Counter()
+    some: list[Sequence[str]] = []
+    asked: set[str] = set()
+    for network in networks:
+        if any(key in lacking and told[key] < NETWORKS_PER_OPERATOR for key in network):
+            told.update(set(network))
+            some.append(network)
+            asked.update(network)
+        if len(asked) >= OPERATORS_PER_REQUEST or len(some) >= NETWORKS_PER_LOOKUP:
+            yield some
+            some, asked = [], set()
+    if some:
+        yield some
 
 
 def _chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
