@@ -168,20 +168,18 @@ class _Packer:
         """Whether what made an operator's input in networks was a sum, by its key and the input's number."""
         self.before: dict[str, list[_Piece]] = {}
         self.behind: dict[str, list[_Piece]] = {}
-        """Operators that came right before and right behind an operator in networks, by its key: of the first those
-        that can stand there untimed."""
+        """Operators that came right before and right behind an operator in networks, by its key."""
         for first, second in successions:
             if first not in known or second not in known:
                 continue
             maker, reader = known[first], known[second]
             if maker.makes != reader.reads:
                 continue
-            summed = {_is_sum(maker.operator)} if len(maker.operator.inputs) == 1 or _is_sum(maker.operator) else BOTH
+            summed = BOTH if _adds(maker.operator) else (_is_sum(maker.operator),)
             self.natures.setdefault((second, 0), set()).update(summed)
             if not _would_fuse(maker.operator, reader.operator):
                 self.behind.setdefault(first, []).append(reader)
-                if len(maker.operator.inputs) == 1 or _is_sum(maker.operator):
-                    self.before.setdefault(second, []).append(maker)
+                self.before.setdefault(second, []).append(maker)
         self.images = {piece.key for piece in known.values() if _is_image(piece.operator)}
         self.images -= {key for key, _ in self.natures}
         self.roots: dict[str, list[_Piece]] = {}
@@ -341,7 +339,8 @@ class _Packer:
             while led:
                 piece = self._choose([piece for piece, _ in led])
                 lead = self.rng.choice(next(leads for p, leads in led if p is piece))
-                source = walk.lead(self._bring(walk, tensor, piece, lead), lead)
+                source = self._bring(walk, tensor, piece, piece.reads if lead is None else lead.reads)
+                source = walk.adapt(source, piece.reads, piece.operator) if lead is None else walk.lead(source, lead)
                 if walk.can_place(piece.operator, source):
                     return piece, source
                 led = [(p, leads) for p, leads in led if p is not piece]
@@ -358,43 +357,55 @@ class _Packer:
             adaptable.remove(piece)
         return None
 
-    def _bring(self, walk: _Walk, tensor: int, piece: _Piece, lead: _Piece) -> int:
-        """What leads on to an operator's two inputs: where it adds a shortcut that is not there yet, that comes first,
-        as in a network, made by what makes it there."""
+    def _bring(self, walk: _Walk, tensor: int, piece: _Piece, reads: Shape) -> int:
+        """What leads on to an operator's two inputs, through what reads such a shape: where it adds a shortcut that is
+        not there yet, that comes first, as in a network, made by what makes it there."""
         if len(piece.operator.inputs) == 1 or walk.has_shortcut(piece.operator, tensor):
             return tensor
         here, shape = walk.shape(tensor), piece.operator.inputs[1]
-        if not (_can_adapt(here, shape) and _can_adapt(shape, lead.reads)):
+        if not (_can_adapt(here, shape) and _can_adapt(shape, reads)):
             return tensor
         possible = [
             root
             for root in self.roots.get(piece.key, [])
-            if self._can_lead(here, root)
-            and walk.has_room(root, piece.parameters + lead.parameters, piece.activations + lead.activations)
+            if self._can_lead(here, root) and walk.has_room(root, piece.parameters, piece.activations)
         ]
         if not possible:
             return walk.adapt(tensor, shape, piece.operator)
         return walk.lead(tensor, self.rng.choice(possible))
 
-    def _leads(self, walk: _Walk, here: Shape, piece: _Piece) -> list[_Piece]:
-        """Operators that make what another reads, reachable from here: one stands between an adapter and it."""
+    def _leads(self, walk: _Walk, here: Shape, piece: _Piece) -> list[_Piece | None]:
+        """Operators that make what another reads, reachable from here: one stands between an adapter and it. None
+        stands for a convolution that cannot be there, as one that reads an image: an adapter is one too."""
         real = self.before.get(piece.key, [])
         if piece.operator.kind not in LED and not real:
             return []
-        return [
-            lead
-            for lead in real or self.makers.get(piece.reads, [])
-            if (real or lead.family != piece.family)
-            and lead.level <= max(_size(here), piece.level)
-            and self._can_lead(here, lead)
-            and walk.has_room(piece, lead.parameters + _adapter_parameters(here, lead.reads), lead.activations)
-        ]
+        leads: list[_Piece | None] = []
+        for lead in real or self.makers.get(piece.reads, []):
+            if not real and lead.family == piece.family:
+                continue
+            if (
+                lead.level <= max(_size(here), piece.level)
+                and self._can_lead(here, lead)
+                and walk.has_room(piece, lead.parameters + _adapter_parameters(here, lead.reads), lead.activations)
+            ):
+                leads.append(lead)
+            elif (
+                real
+                and isinstance(lead.operator, Convolution)
+                and _can_adapt(here, piece.reads)
+                and walk.has_room(piece, _adapter_parameters(here, piece.reads))
+            ):
+                leads.append(None)
+        return leads
 
     def _can_lead(self, here: Shape, lead: _Piece) -> bool:
         """Whether an operator can stand untimed behind such a tensor, behind adapters where it does not fit."""
         if lead.reads == here and len(lead.operator.inputs) == 1:
             return True
-        return lead.key not in self.images and all(_can_adapt(here, read) for read in lead.operator.inputs)
+        if lead.key in self.images or _adds(lead.operator):
+            return False
+        return all(_can_adapt(here, read) for read in lead.operator.inputs)
 
 
 def _fitting(walk: _Walk, tensor: int, pieces: Sequence[_Piece]) -> list[_Piece]:
@@ -414,6 +425,11 @@ def _fitting(walk: _Walk, tensor: int, pieces: Sequence[_Piece]) -> list[_Piece]
 def _is_sum(operator: Operator) -> bool:
     """Whether an operator adds what differs in shape, which a runtime does apart from whatever made it."""
     return isinstance(operator, ResidualAdd)
+
+
+def _adds(operator: Operator) -> bool:
+    """Whether an operator has a second input and is no sum of different shapes: it keeps the layout of what it adds."""
+    return len(operator.inputs) > 1 and not _is_sum(operator)
 
 
 def _family(operator: Operator) -> str:

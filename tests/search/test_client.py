@@ -6,6 +6,8 @@ import socket
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from table_server import CORRECTION, TARGET, Table, latency_ms, serve
 
 from lut_db.errors import Conflict, InvalidInput, LatencyLabError, NotFound
@@ -230,8 +232,40 @@ def test_large_batches_are_cut(client: ProfilerClient, table: Table, monkeypatch
     monkeypatch.setattr(client_module, "NETWORKS_PER_REQUEST", 2)
     networks = [make_network(width, width) for width in range(4, 12)]
     assert all(estimate.status is Status.MEASURED for estimate in client.estimates(networks))
-    assert all(len(request.networks[0]) <= 3 for name, request in table.requests if name == "lookup")
+    longest = max(len(network.operators) for network in networks)
+    lookups = [request.networks for name, request in table.requests if name == "lookup"]
+    assert len(lookups) > 1
+    assert all(len({key for network in asked for key in network}) < 3 + longest for asked in lookups)
     assert len(client.measure_networks(networks)) == 8
+
+
+def test_operators_are_asked_for_in_networks_that_they_are_in(client: ProfilerClient, table: Table) -> None:
+    networks = [make_network(8, width) for width in range(4, 16)]
+    sequences = [tuple(operator.key for operator in network.operators) for network in networks]
+
+    def told() -> list[tuple[tuple[str, ...], ...]]:
+        asked = [request.networks for name, request in table.requests if name == "lookup"]
+        return list(dict.fromkeys(each for each in asked if any(len(network) > 1 for network in each)))
+
+    client.estimates(networks[:1])
+    client.estimates(networks[:1])
+    assert told() == [(sequences[0],)], "once, whatever is asked while it waits"
+    client.estimates(networks)
+    assert told()[1:] == [tuple(sequences[1:])]
+
+
+@given(
+    st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=6), max_size=12),
+    st.sets(st.sampled_from("abcdefg")),
+)
+def test_what_is_lacking_is_told_in_a_few_networks(networks: list[list[str]], lacking: set[str]) -> None:
+    told = [network for some in client_module._told(networks, lacking) for network in some]
+    assert all(lacking & set(network) for network in told)
+    few = client_module.NETWORKS_PER_OPERATOR
+    for key in lacking:
+        having = sum(key in network for network in networks)
+        assert sum(key in network for network in told) >= min(few, having)
+    assert len(told) <= few * len(lacking)
 
 
 def test_the_error_tree() -> None:
