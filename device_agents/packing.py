@@ -79,6 +79,7 @@ each be there must not make a graph together that no device holds. The first, it
 the ballast are always taken."""
 
 BOTH = (False, True)
+"""Whether what is read is a sum, where that is not known or may be."""
 
 MIN_BALLAST = 64
 """Features of a ballast's layers below which its weights do not matter."""

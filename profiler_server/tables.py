@@ -89,17 +89,15 @@ def record_lookup(
         queries.freeze_rows(session, pin, keys)
         rows = queries.frozen_rows(session, pin.id, keys)
         if len(rows) < len(keys):
-            # Before the lock: others wait for it.
-            new = {key for key in keys if key not in rows}
-            networks = _defined(session, [network for network in request.networks if not new.isdisjoint(network)])
-            pairs = beside(networks, new)
             queries.lock_table(session, pin.target, pin.plan)
             queries.freeze_rows(session, pin, keys)
             rows = queries.frozen_rows(session, pin.id, keys)
             missing = [key for key in keys if key not in rows]
             enqueued = queries.enqueue(session, pin.target, pin.plan, missing, queries.clock(session))
             if enqueued:
-                queries.put_beside(session, *pairs)
+                new = frozenset(missing)
+                networks = _defined(session, [network for network in request.networks if not new.isdisjoint(network)])
+                queries.put_beside(session, *beside(networks, new))
             if missing and not final:
                 return None, enqueued
         if not pin.correction_frozen and _any_latency(request, rows):

@@ -276,7 +276,7 @@ class ProfilerClient:
         pending: dict[str, Operator] = {}
         for some in _told(networks, lacking):
             answer = self._lookup(some, definitions, wait_s=0.0)
-            asked = lacking.keys() & {key for network in some for key in network}
+            asked = dict.fromkeys(key for network in some for key in network if key in lacking)
             pending.update({key: lacking[key] for key in self._keep(asked, answer)})
         if pending:
             with self._waiting():
@@ -288,7 +288,7 @@ class ProfilerClient:
         patience = _Patience(self._patience_s)
         while pending:
             some = list(pending)[:OPERATORS_PER_REQUEST]
-            answer = self._lookup([[key] for key in some], pending, wait_s=self._poll_s)
+            answer = self._lookup([some], pending, wait_s=self._poll_s)
             still = set(self._keep(some, answer))
             measured = [key for key in some if key not in still]
             self.counters.measured += len(measured)
