@@ -127,7 +127,8 @@ class Pin(Value):
 
 
 class LookupRequest(Value):
-    """Asks what networks cost, each given as the keys of its operators."""
+    """Asks what networks cost, each given as the keys of its operators in the order in which they run: what came behind
+    what there also does where an operator is measured."""
 
     operators: dict[Key, Operator] = Field(default_factory=dict, max_length=20_000)
     networks: tuple[tuple[Key, ...], ...] = Field(min_length=1, max_length=4096)
