@@ -60,7 +60,7 @@ def test_every_wanted_operator_is_in_that_many_carriers(
         # A runtime drops what nothing reads: every tensor is read or returned.
         unread = {tensor for tensor, readers in enumerate(carrier.network.consumers()) if not readers}
         assert unread <= set(carrier.network.output_tensors)
-    assert packed == pack(wanted, fillers, carriers, length, seed, said, neighbours)
+    assert packed == pack(wanted, fillers, carriers, length, seed, said, neighbours, said)
 
 
 def test_a_clamp_follows_nothing_that_could_take_it_in() -> None:

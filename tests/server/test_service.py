@@ -410,7 +410,7 @@ def test_a_lease_says_what_stands_beside_what_in_networks(lab_on_both: Lab) -> N
     lab.measure()
     lab.lookup(isolated.id, operators)
     lease = lab.must_lease()
-    assert (lease.successions, lease.neighbours) == ((), ())
+    assert (lease.successions, lease.shortcuts, lease.neighbours) == ((), (), ())
 
 
 def test_reports_are_idempotent(lab_on_both: Lab) -> None:
