@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+
 from lut_db.measurements import Cause, Failure, Measurement, Samples
 from lut_db.networks import Network, NetworkBuilder
 from lut_db.operators import Convolution, Operator
 from lut_db.plans import IN_CONTEXT, WHOLE
 from lut_db.targets import Device, Target
+from search_client import networks
 
 PLAN = IN_CONTEXT
 WHOLE_PLAN = WHOLE
@@ -50,3 +54,13 @@ def measured(key: str, latency_ms: float = 1.0) -> Measurement:
 
 def failed(key: str, cause: Cause = "crashed", message: str = "it broke") -> Measurement:
     return Measurement(key=key, failure=Failure(cause=cause, message=message))
+
+
+def sub_networks(rng: random.Random, image_size: int, count: int, width: float = 1.0) -> Iterator[Network]:
+    """Sub-networks of random widths, which add what differs in shape; narrow ones have few channels at first."""
+    description = networks.load("mobilenet_v3", image_size=image_size, width=width)
+    for _ in range(count):
+        architecture = description.space.full
+        for number, layer in enumerate(description.space.layers):
+            architecture = architecture.with_width(number, rng.choice(layer.widths[1 if number == 0 else 0 :]))
+        yield description.network(description.canonical(architecture))

@@ -12,6 +12,7 @@ import onnxruntime
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operators_at_random import ANY
+from tables_kit import sub_networks
 
 from device_agents.packing import MAX_BALLAST, ROOM_ACTIVATIONS, ROOM_PARAMETERS, WEIGHTED, Carrier, pack
 from lut_db.canary import canary
@@ -185,19 +186,6 @@ def test_operators_stand_between_those_that_they_stand_between_in_networks() -> 
     assert share([], []) < 0.5
 
 
-def narrow_networks() -> list[Network]:
-    """Sub-networks of odd widths, which add what differs in shape; the first layers have few channels."""
-    description = networks.load("mobilenet_v3", image_size=64, width=0.5)
-    rng = random.Random(0)
-    drawn = []
-    for _ in range(6):
-        architecture = description.space.full
-        for number, layer in enumerate(description.space.layers):
-            architecture = architecture.with_width(number, rng.choice(layer.widths[1 if number == 0 else 0 :]))
-        drawn.append(description.network(description.canonical(architecture)))
-    return drawn
-
-
 def packed_like(drawn: list[Network]) -> list[Carrier]:
     """Carriers of a third of the operators, with all that is known of the others."""
     operators = list(dict.fromkeys(operator for network in drawn for operator in network.operators))
@@ -209,7 +197,7 @@ def packed_like(drawn: list[Network]) -> list[Carrier]:
 def test_an_operator_adds_what_it_adds_in_networks() -> None:
     """A runtime does a sum within a convolution where both have its layout, and apart where what is added is a sum of
     other widths. What is added was made before what it is added to, not just in time."""
-    drawn = narrow_networks()
+    drawn = list(sub_networks(random.Random(0), 64, 6, width=0.5))
     natures: dict[str, set[bool]] = defaultdict(set)
 
     def sums(network: Network) -> Iterator[tuple[int, Operator, bool]]:
@@ -238,7 +226,7 @@ def test_an_operator_adds_what_it_adds_in_networks() -> None:
 
 
 def test_few_channels_are_an_image_only_where_nothing_makes_them() -> None:
-    drawn = narrow_networks()
+    drawn = list(sub_networks(random.Random(0), 64, 6, width=0.5))
     stems = {network.nodes[0].operator.key for network in drawn}
     narrow = 0
     for carrier in packed_like(drawn):
@@ -252,7 +240,7 @@ def test_few_channels_are_an_image_only_where_nothing_makes_them() -> None:
 
 def test_what_makes_maps_smaller_stands_behind_what_it_stands_behind_in_networks() -> None:
     """Most carriers hold other operators of the larger maps, to which the walk climbs back."""
-    drawn = narrow_networks()
+    drawn = list(sub_networks(random.Random(0), 64, 6, width=0.5))
     behind: dict[str, set[str]] = defaultdict(set)
     smaller: set[str] = set()
     for network in drawn:

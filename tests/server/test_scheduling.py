@@ -7,6 +7,7 @@ from itertools import pairwise
 
 from hypothesis import given
 from hypothesis import strategies as st
+from tables_kit import sub_networks
 
 from lut_db.measurements import REFUSALS, TRANSIENT, Failure
 from lut_db.operators import Convolution, Linear, ResidualAdd
@@ -24,7 +25,6 @@ from profiler_server.scheduling import (
     shortcuts,
     successions,
 )
-from search_client import networks
 
 channels = st.integers(1, 6)
 convolutions = st.builds(
@@ -89,14 +89,9 @@ def test_successions_are_those_of_the_networks(networks: list[list[str]], keys: 
 def test_shortcuts_are_those_of_the_networks() -> None:
     """Told by operators in their order alone, they are nearly what the graphs say: of two operators that make tensors
     of one shape behind each other, the first is taken, which is seldom of another kind."""
-    description = networks.load("mobilenet_v3", image_size=32)
     rng = random.Random(0)
     total = right = alike = 0
-    for _ in range(24):
-        architecture = description.space.full
-        for number, layer in enumerate(description.space.layers):
-            architecture = architecture.with_width(number, rng.choice(layer.widths[1 if number == 0 else 0 :]))
-        network = description.network(description.canonical(architecture))
+    for network in sub_networks(rng, 32, 24):
         inputs = len(network.inputs)
         asked: set[tuple[str, str]] = set()
         for node in network.nodes:
