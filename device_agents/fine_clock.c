@@ -1,11 +1,16 @@
 /* A clock a thousand times as fast, for one library of the process that this file is preloaded into: a profiler that
    counts microseconds then counts what really are nanoseconds. Everything else in the process keeps its clock, and so
-   does that library until latency_lab_fine_clock is called. See fine_clock.py. */
+   does that library until latency_lab_fine_clock is called. See fine_clock.py.
+
+   The clock can also leave out what ONNX Runtime's profiler does between its two readings around a kernel. It writes
+   down what the kernel reads, then the kernel runs, then it writes down what was made, each into a string stream: the
+   kernel runs from the end of the first stream to the beginning of the last. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <link.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #include <time.h>
 
@@ -15,7 +20,15 @@
 static int (*clock_of_libc)(clockid_t, struct timespec *);
 static uintptr_t first, length; /* the library's code */
 static int64_t real_start, monotonic_start;
-static int64_t readings;
+static int64_t readings, stops;
+static int stands_still; /* while the profiler works */
+
+static __thread struct {
+    int64_t reading;     /* when this thread last read the clock */
+    int64_t streams;     /* how many began since then */
+    int64_t end, begin;  /* when the first of them ended, and when the last one began */
+    int64_t stood_still; /* for how long the clock did so far */
+} seen;
 
 __attribute__((constructor)) static void begin(void) {
     *(void **)&clock_of_libc = dlsym(RTLD_NEXT, "clock_gettime");
@@ -29,8 +42,15 @@ static int64_t now(clockid_t clock) {
 }
 
 static int64_t fast(void) {
+    int64_t time = now(CLOCK_MONOTONIC);
     __atomic_fetch_add(&readings, 1, __ATOMIC_RELAXED);
-    return (now(CLOCK_MONOTONIC) - monotonic_start) * FACTOR;
+    if (stands_still && seen.reading < seen.end && seen.end < seen.begin) {
+        seen.stood_still += (seen.end - seen.reading) + (time - seen.begin);
+        __atomic_fetch_add(&stops, 1, __ATOMIC_RELAXED);
+    }
+    seen.reading = time;
+    seen.streams = 0;
+    return (time - seen.stood_still - monotonic_start) * FACTOR;
 }
 
 static int served(const void *caller) { return (uintptr_t)caller - first < length; }
@@ -56,12 +76,17 @@ static int find(struct dl_phdr_info *library, size_t size, void *name) {
     return FACTOR;
 }
 
-/* Serves the library whose file's name contains `name` from now on. Returns the factor; another number where the
-   process has loaded no such library, or another one is served. */
-int latency_lab_fine_clock(const char *name) { return dl_iterate_phdr(find, (void *)name); }
+/* Serves the library whose file's name contains `name` from now on, with a clock that leaves out what the profiler does
+   around kernels if `still` says so. Returns the factor; another number where the process has loaded no such library, or
+   another one is served. */
+int latency_lab_fine_clock(const char *name, int still) {
+    stands_still = still;
+    return dl_iterate_phdr(find, (void *)name);
+}
 
-/* How often the fast clock was read. */
+/* How often the fast clock was read, and before how many of these readings it had stood still. */
 int64_t latency_lab_fine_clock_readings(void) { return __atomic_load_n(&readings, __ATOMIC_RELAXED); }
+int64_t latency_lab_fine_clock_stops(void) { return __atomic_load_n(&stops, __ATOMIC_RELAXED); }
 
 /* What XNNPACK's profiler reads. */
 int clock_gettime(clockid_t clock, struct timespec *read) {
@@ -79,4 +104,32 @@ int clock_gettime(clockid_t clock, struct timespec *read) {
    reach it. */
 int64_t _ZNSt6chrono3_V212system_clock3nowEv(void) {
     return served(__builtin_return_address(0)) ? real_start + fast() : now(CLOCK_REALTIME);
+}
+
+/* Finds what stands behind a function of this file. Python loads libstdc++ for its extensions alone, so that dlsym with
+   RTLD_NEXT would not find it. */
+static void *behind(const char *name) {
+    void *library = dlopen("libstdc++.so.6", RTLD_LAZY | RTLD_NOLOAD);
+    void *found = dlsym(library == NULL ? RTLD_NEXT : library, name);
+    if (found == NULL) abort();
+    return found;
+}
+
+/* The constructor of std::ios_base, with which a string stream begins. */
+void _ZNSt8ios_baseC2Ev(void *stream) {
+    static void (*construct)(void *);
+    if (construct == NULL) *(void **)&construct = behind("_ZNSt8ios_baseC2Ev");
+    if (served(__builtin_return_address(0))) {
+        seen.streams++;
+        seen.begin = now(CLOCK_MONOTONIC);
+    }
+    construct(stream);
+}
+
+/* The destructor of std::stringstream. */
+void _ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEED1Ev(void *stream) {
+    static void (*destroy)(void *);
+    if (destroy == NULL) *(void **)&destroy = behind("_ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEED1Ev");
+    destroy(stream);
+    if (seen.streams == 1 && served(__builtin_return_address(0))) seen.end = now(CLOCK_MONOTONIC);
 }

@@ -132,7 +132,7 @@ class _Session:
             optimized = Path(settings.optimized_model_filepath)
             self.owners = ort_profile.owners_in_graph(onnx.load(optimized).graph, model)
             optimized.unlink()
-            self.clock = fine_clock.Clock(LIBRARY, options.settings)
+            self.clock = fine_clock.Clock(LIBRARY, options.settings, still=options.threads == 1)
         self.binding = ort_session.bind(self.session)
         self.timed = 0
         self.passed_ms = 0.0
