@@ -1,9 +1,10 @@
 """How fast a table is built and how well it repeats: in context and isolated, beside the usual way.
 
 The operators of random sub-networks are measured through the whole system, several times from nothing (each time under
-a plan with another seed, so nothing is known). The usual way is measured in this process: every operator in a session
-of its own, 500 runs, their mean. `cv` is the latency-weighted median over operators of the coefficient of variation of
-their rows over the builds; for the canary it is that of its speed over the leases.
+a plan with another seed, so nothing is known), as a search asks for them: in networks. The usual way is measured in
+this process: every operator in a session of its own, 500 runs, their mean. `cv` is the latency-weighted
+median over operators of the coefficient of variation of their rows over the builds; for the canary it is that of its
+speed over the leases.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import os
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import httpx
 import numpy as np
+from fidelity import sub_networks
 from harness import Figures, arguments, show, write
 from numpy.typing import NDArray
 
@@ -26,7 +28,6 @@ from lut_db.networks import Network
 from lut_db.operators import Operator
 from lut_db.plans import Plan
 from lut_db.wire import API
-from search_client import networks
 from search_client.client import ProfilerClient
 from search_client.embedded import EmbeddedService
 
@@ -39,18 +40,9 @@ PLANS = {"in context": Plan(), "isolated": Plan(context="isolated", carriers=1)}
 FORMATS = {"operators": "{:.0f}", "operators_per_minute": "{:.0f}", "share_in_kernels": "{:.1%}", "cv": "{:.2%}"}
 
 
-def operators(count: int) -> list[Operator]:
-    """The distinct operators of random sub-networks."""
-    description = networks.load("mobilenet_v3", image_size=IMAGE_SIZE)
-    rng = random.Random(0)
-    found: dict[str, Operator] = {}
-    for _ in range(count):
-        architecture = description.space.full
-        for number, layer in enumerate(description.space.layers):
-            architecture = architecture.with_width(number, rng.choice(layer.widths[1:]))
-        network = description.network(description.canonical(architecture))
-        found.update({operator.key: operator for operator in network.operators})
-    return list(found.values())
+def operators(asked_for: Iterable[Network]) -> list[Operator]:
+    """The distinct operators of networks."""
+    return list(dict.fromkeys(operator for network in asked_for for operator in network.operators))
 
 
 def spread(builds: Sequence[Sequence[float]]) -> float:
@@ -64,10 +56,11 @@ def spread(builds: Sequence[Sequence[float]]) -> float:
 
 
 def through_the_system(
-    backend: str, wanted: Sequence[Operator], builds: int, folder: Path, tolerance: float
+    backend: str, asked_for: Sequence[Network], builds: int, folder: Path, tolerance: float
 ) -> Figures:
     figures: Figures = {}
     speeds: list[float] = []
+    wanted = operators(asked_for)
     each = [Network.of(operator) for operator in wanted]
     with EmbeddedService(str(folder / "tables.sqlite"), folder, backend=backend) as service:
         for name, plan in PLANS.items():
@@ -77,6 +70,7 @@ def through_the_system(
                 with ProfilerClient(service.url, patience_s=PATIENCE_S, still_there=service.check) as client:
                     client.open_pin(service.target, asked)
                     begin = time.perf_counter()
+                    client.estimates(asked_for)  # asked in networks, operators get the neighbours that they have there
                     estimates = client.estimates(each)
                     seconds += time.perf_counter() - begin
                 failed = [operator.kind for operator, e in zip(wanted, estimates, strict=True) if e.sum_ms is None]
@@ -139,9 +133,10 @@ def main() -> None:
         ],
     )
     count, builds, usual = QUICK if options.quick else (NETWORKS, BUILDS, USUAL_OPERATORS)
-    wanted = operators(count)
+    asked_for = sub_networks(1.0, IMAGE_SIZE, count, seed=0)
     with tempfile.TemporaryDirectory(prefix="table-build-") as folder:
-        figures = through_the_system(options.backend, wanted, builds, Path(folder), options.load_tolerance)
+        figures = through_the_system(options.backend, asked_for, builds, Path(folder), options.load_tolerance)
+    wanted = operators(asked_for)
     chosen = random.Random(0).sample(wanted, min(usual, len(wanted)))
     figures[f"{options.backend}: the usual way"] = the_usual_way(options.backend, chosen, builds)
     show(f"{options.backend}: {builds} builds of a table", figures, FORMATS)

@@ -229,7 +229,7 @@ def _load(
         seed = plan.seed + lease.token
         carriers = pack(
             lease.operators, lease.fillers, plan.carriers, plan.carrier_length, seed, lease.successions,
-            lease.neighbours, lease.shortcuts,
+            lease.neighbours, lease.shortcuts, lease.mean_parameters,
         )  # fmt: skip
         wanted = [(carrier.network, carrier.places) for carrier in carriers]
     else:

@@ -107,7 +107,7 @@ class Carrier:
 def pack(
     wanted: Sequence[Operator], fillers: Sequence[Operator], carriers: int, length: int, seed: int,
     successions: Sequence[tuple[str, str]] = (), neighbours: Sequence[Operator] = (),
-    shortcuts: Sequence[tuple[str, str]] = (),
+    shortcuts: Sequence[tuple[str, str]] = (), mean_parameters: float | None = None,
 ) -> list[Carrier]:  # fmt: skip
     """Carriers in which every wanted operator has a place in `carriers` different graphs.
 
@@ -116,9 +116,14 @@ def pack(
     shows whether the device has drifted. `successions` are pairs of keys, of operators that came right behind each
     other in networks that were asked for, and `neighbours` those of them that are neither wanted nor fillers: operators
     get the neighbours that they have in networks, wherever that can be. `shortcuts` are such pairs where the first made
-    what the second adds, be it through sums of equal shapes, which keep its layout.
+    what the second adds, be it through sums of equal shapes, which keep its layout. `mean_parameters` are the weights
+    that an operator has on average in those networks; where they are not told, it is as with those to be packed. All
+    carriers have as many weights as `length` such operators, but those that begin with more.
     """
-    return _Packer(wanted, fillers, carriers, length, random.Random(seed), successions, neighbours, shortcuts).pack()
+    packer = _Packer(
+        wanted, fillers, carriers, length, random.Random(seed), successions, neighbours, shortcuts, mean_parameters
+    )
+    return packer.pack()
 
 
 _Kind = tuple[tuple[int, int], bool]
@@ -158,6 +163,7 @@ class _Packer:
     def __init__(
         self, wanted: Sequence[Operator], fillers: Sequence[Operator], carriers: int, length: int, rng: random.Random,
         successions: Sequence[tuple[str, str]], neighbours: Sequence[Operator], shortcuts: Sequence[tuple[str, str]],
+        mean_parameters: float | None,
     ):  # fmt: skip
         self.need: Counter[str] = Counter({operator.key: max(1, carriers // 2) for operator in fillers})
         self.need.update({operator.key: carriers for operator in wanted})
@@ -194,6 +200,10 @@ class _Packer:
             if len(piece.operator.inputs) == 1:
                 self.makers.setdefault(piece.makes, []).append(piece)
         self.length = length
+        if mean_parameters is None:
+            mean_parameters = sum(piece.parameters for piece in self.pieces) / len(self.pieces)
+        self.parameters = min(int(length * mean_parameters), ROOM_PARAMETERS)
+        """Weights of a carrier."""
         share = sum(piece.key in self.before for piece in self.pieces) / len(self.pieces)
         self.timed = max(1, int(length * (TIMED + share * (TIMED_BESIDE - TIMED))))
         """Operators of a carrier that have places there; the others are adapters and neighbours."""
@@ -240,10 +250,10 @@ class _Packer:
         """`straight`: it takes what makes maps smaller only where that needs a place."""
         left = self._quota()
         unused = {piece.key: piece for piece in self.pieces}
-        walk = _Walk(self.rng, self.natures)
+        walk = _Walk(self.rng, self.natures, self.parameters)
         found = self._read(walk, walk.begin(start.operator), [start]) if start.key in self.before else None
         if found is None:
-            walk = _Walk(self.rng, self.natures)
+            walk = _Walk(self.rng, self.natures, self.parameters)
             found = (start, walk.enter(start.operator, image=start.key in self.images))
         while found is not None:
             piece, current = found
@@ -272,7 +282,7 @@ class _Packer:
                     if found is not None:
                         walk.end(current)
             found = found or self._next(walk, current, level, takes)
-        return Carrier(walk.finish(current, self.length), walk.places)
+        return Carrier(walk.finish(current), walk.places)
 
     def _next(
         self, walk: _Walk, current: int, level: tuple[int, int], takes: Sequence[_Piece]
@@ -559,8 +569,11 @@ def _image(shape: Shape) -> Shape:
 class _Walk:
     """A carrier under construction."""
 
-    def __init__(self, rng: random.Random, natures: Mapping[tuple[str, int], Collection[bool]]) -> None:
+    def __init__(
+        self, rng: random.Random, natures: Mapping[tuple[str, int], Collection[bool]], most_parameters: int
+    ) -> None:  # fmt: skip
         self.natures = natures
+        self.most_parameters = most_parameters
         self.sums: set[int] = set()
         """Sums of different shapes, and what else was added to these: a runtime has them in its plain layout."""
         self.build = NetworkBuilder()
@@ -573,13 +586,12 @@ class _Walk:
         self.keys: dict[int, str] = {}
         """The keys of the operators that made tensors, timed or not; adapters have none."""
         self.parameters = 0
-        self.timed_parameters = 0
         self.activations = 0
 
     def has_room(self, piece: _Piece, parameters: int = 0, activations: int = 0) -> bool:
         """Whether the carrier can take an operator too, behind others of so many weights and elements."""
         return (
-            self.parameters + piece.parameters + parameters <= ROOM_PARAMETERS
+            self.parameters + piece.parameters + parameters <= self.most_parameters
             and self.activations + piece.activations + activations <= ROOM_ACTIVATIONS
         )
 
@@ -735,7 +747,6 @@ class _Walk:
         if len(inputs) == 2 and (_is_sum(operator) or inputs[1] in self.sums):
             self.sums.add(tensor)
         self.places[len(self.build) - 1] = operator.key
-        self.timed_parameters += operator.parameters
         self.families[tensor] = _family(operator)
         self.keys[tensor] = operator.key
         return self._keep(tensor)
@@ -766,14 +777,14 @@ class _Walk:
         shape = self.shape(tensor)
         return self._add(_pointwise(shape, _few(shape), (1, 1), "none"), tensor)
 
-    def finish(self, current: int, length: int) -> Network:
+    def finish(self, current: int) -> Network:
         """Ends with an adapter behind the last operator and the ballast, and returns every tensor that nothing reads.
 
-        The ballast are the weights that a network of this length would have beyond those of the carrier, half of which
-        is adapters: what an operator costs depends on what else passes through the caches before it comes again.
+        The ballast are the weights that the carrier lacks: what an operator costs depends on what else passes through
+        the caches before it comes again.
         """
         tensor = self.end(current)
-        lacking = self.timed_parameters * length // len(self.places) - self.parameters
+        lacking = self.most_parameters - self.parameters
         features = min(isqrt(min(max(0, lacking), MAX_BALLAST)), MAX_ELEMENTS // self.shape(tensor)[0])
         if features >= MIN_BALLAST:
             if len(self.shape(tensor)) > 2:

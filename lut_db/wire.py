@@ -56,11 +56,12 @@ class Lease(Value):
 
     `token` fences: it grows with every lease, and a report under a token that no longer holds changes nothing.
     `fillers` are operators already in the table: carriers are filled up with them, and they show drift, as
-    `known_networks` do where whole networks are measured. `successions` says which operator, by its key, came right
-    behind which in networks that were asked for, and `shortcuts` which made what another added there; those of them
-    that are neither asked for here nor fillers are `neighbours`, which only stand beside others in carriers. `known_ms`
-    is what the table says of both. `canary_ms` is the latency of the canary on which the target's tables are based,
-    None until a first report has set it.
+    `known_networks` do where whole networks are measured. `known_ms` is what the table says of both. `successions` says
+    which operator, by its key, came right behind which in networks that were asked for, and `shortcuts` which made what
+    another added there; those of them that are neither asked for here nor fillers are `neighbours`, which only stand
+    beside others in carriers. `mean_parameters` are the weights that an operator has on average in those networks, None
+    where none were told. `canary_ms` is the latency of the canary on which the target's tables are based, None until a
+    first report has set it.
     """
 
     token: int
@@ -73,6 +74,7 @@ class Lease(Value):
     successions: tuple[tuple[Key, Key], ...] = ()
     shortcuts: tuple[tuple[Key, Key], ...] = ()
     neighbours: tuple[Operator, ...] = ()
+    mean_parameters: float | None = Field(default=None, ge=0)
     known_networks: tuple[Network, ...] = ()
     known_ms: dict[Key, float] = Field(default_factory=dict)
     canary_ms: float | None = Field(default=None, gt=0)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from math import isclose
-from statistics import median
+from statistics import fmean, median
 from typing import Any, Literal
 
 from sqlalchemy.orm import Session
@@ -98,7 +98,7 @@ def compose(session: Session, token: int, settings: Settings) -> Lease | None:
     if record.reference is None:  # a device on trial is not to be brought to the table's speed
         known = _known_networks(session, record, networks, settings)
         known_ms = {workload.key: latency_ms for workload, latency_ms in [*fillers.items(), *known.items()]}
-    beside = _beside(session, plan, [*wanted, *fillers])
+    beside = _beside(session, plan, wanted, fillers)
     left = record.deadline - queries.clock(session)
     return Lease(
         token=token, device=record.device, target=queries.read_target(session, record.target), plan=plan,
@@ -125,19 +125,25 @@ def _fillers(
     return dict(known[index] for index in chosen)
 
 
-def _beside(session: Session, plan: Plan, operators: Sequence[Operator]) -> dict[str, Any]:
+def _beside(
+    session: Session, plan: Plan, wanted: Sequence[Operator], fillers: Collection[Operator]
+) -> dict[str, Any]:  # fmt: skip
     """What a lease tells of the networks that its operators came from: which came behind which, which added what
-    another made, and those of both that are not in the lease's carriers themselves."""
+    another made, those of both that are not in the lease's carriers themselves, and how many weights they have."""
     if plan.context != "in_context":
         return {}
-    keys = {operator.key for operator in operators}
+    keys = {operator.key for operator in (*wanted, *fillers)}
     behind, added = queries.read_beside(session, keys)
     behind = scheduling.successions(behind, keys)
     added = scheduling.few([pair for pair in added if pair[1] in keys])
     others = {key for pair in (*behind, *added) for key in pair} - keys
     definitions = queries.read_definitions(session, others)
     neighbours = tuple(OPERATOR.validate_python(definitions[key][1]) for key in sorted(others))
-    return {"successions": tuple(behind), "shortcuts": tuple(added), "neighbours": neighbours}
+    means = queries.read_mean_parameters(session, [operator.key for operator in wanted])
+    return {
+        "successions": tuple(behind), "shortcuts": tuple(added), "neighbours": neighbours,
+        "mean_parameters": fmean(means) if means else None,
+    }  # fmt: skip
 
 
 def _known_networks(

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import log
+from statistics import fmean
 
 from lut_db.measurements import REFUSALS, Failure
 from lut_db.operators import Add, Convolution, Operator, ResidualAdd, Shape
@@ -101,10 +102,20 @@ def choose_known_networks(wanted: Sequence[int], known: Sequence[int]) -> list[i
 _Pairs = list[tuple[str, str]]
 
 
-def beside(networks: Sequence[Sequence[Operator]], keys: Collection[str]) -> tuple[_Pairs, _Pairs]:
-    """What stands beside what in these networks, told by keys: which operator came right behind which, and which made
-    what is added by which, as far as `successions` and `shortcuts` tell."""
-    return successions([[o.key for o in network] for network in networks], keys), shortcuts(networks, keys)
+def beside(networks: Sequence[Sequence[Operator]], keys: Collection[str]) -> tuple[_Pairs, _Pairs, dict[str, float]]:
+    """What these networks tell of these operators, by keys: which operator came right behind which, which made what is
+    added by which, as far as `successions` and `shortcuts` tell, and how many weights an operator has on average in the
+    networks that each of them is in."""
+    means: defaultdict[str, list[float]] = defaultdict(list)
+    for network in networks:
+        mean = fmean(operator.parameters for operator in network)
+        for key in {operator.key for operator in network}.intersection(keys):
+            means[key].append(mean)
+    return (
+        successions([[operator.key for operator in network] for network in networks], keys),
+        shortcuts(networks, keys),
+        {key: fmean(values) for key, values in means.items()},
+    )
 
 
 def successions(

@@ -117,7 +117,7 @@ class Plan(Base):
 
 class Workload(Base):
     """What can be measured: an operator, or a whole network. `family` and `parameters` are what corrections ask of
-    it."""
+    it, `mean_parameters` the weights that an operator has on average in the networks that it was last asked for in."""
 
     __tablename__ = "workloads"
 
@@ -125,6 +125,7 @@ class Workload(Base):
     kind: Mapped[str] = mapped_column(String(32), index=True)
     family: Mapped[str] = mapped_column(String(64))
     parameters: Mapped[int] = mapped_column(BigInteger)
+    mean_parameters: Mapped[float | None]
     definition: Mapped[dict[str, Any]]
 
 

@@ -332,10 +332,11 @@ def read_definitions(session: Session, keys: Iterable[str]) -> dict[str, tuple[s
 
 
 def put_beside(
-    session: Session, successions: Iterable[tuple[str, str]], shortcuts: Iterable[tuple[str, str]]
+    session: Session, successions: Iterable[tuple[str, str]], shortcuts: Iterable[tuple[str, str]],
+    mean_parameters: Mapping[str, float],
 ) -> None:  # fmt: skip
-    """Records that operators came right behind others, and that they added what others had made: keys of what is
-    recorded, `(before, after)`."""
+    """Records that operators came right behind others, that they added what others had made, keys of what is recorded,
+    `(before, after)`, and how many weights the operators around one have on average."""
     rows = [
         {"before": before, "after": after, "shortcut": shortcut}
         for shortcut, pairs in ((False, successions), (True, shortcuts))
@@ -343,6 +344,9 @@ def put_beside(
     ]
     if rows:
         session.execute(_insert(session, m.Succession).on_conflict_do_nothing(), rows)
+    means = [{"key": key, "mean_parameters": mean} for key, mean in sorted(mean_parameters.items())]
+    if means:
+        session.execute(update(m.Workload), means)
 
 
 def read_beside(session: Session, keys: Iterable[str]) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
@@ -354,6 +358,13 @@ def read_beside(session: Session, keys: Iterable[str]) -> tuple[list[tuple[str, 
     )
     found = [(bool(shortcut), (before, after)) for before, after, shortcut in session.execute(union(*sides))]
     return sorted(pair for added, pair in found if not added), sorted(pair for added, pair in found if added)
+
+
+def read_mean_parameters(session: Session, keys: Iterable[str]) -> list[float]:
+    """How many weights the operators around each of these have on average, of those of which it is recorded."""
+    each = _each(session, keys)
+    query = select(m.Workload.mean_parameters).where(m.Workload.key.in_(select(each.c.value)))
+    return [mean for mean in session.scalars(query.order_by(m.Workload.key)) if mean is not None]
 
 
 # --- rows -----------------------------------------------------------------------------------------------------

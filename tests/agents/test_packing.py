@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise, permutations
 from math import prod
 
@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from operators_at_random import ANY
 from tables_kit import sub_networks
 
-from device_agents.packing import MAX_BALLAST, ROOM_ACTIVATIONS, ROOM_PARAMETERS, WEIGHTED, Carrier, pack
+from device_agents.packing import (
+    MAX_BALLAST,
+    MIN_BALLAST,
+    ROOM_ACTIVATIONS,
+    ROOM_PARAMETERS,
+    WEIGHTED,
+    Carrier,
+    pack,
+)
 from lut_db.canary import canary
 from lut_db.lowering.onnx import to_onnx
 from lut_db.networks import Network
@@ -43,13 +51,15 @@ from search_client.architecture import Architecture
     carriers=st.integers(1, 4),
     length=st.integers(1, 12),
     seed=st.integers(0, 100),
+    mean=st.none() | st.floats(0, 1e6),
 )
 def test_every_wanted_operator_is_in_that_many_carriers(
-    wanted: list[Operator], fillers: list[Operator], neighbours: list[Operator], carriers: int, length: int, seed: int
-) -> None:
-    """Whatever is said to come behind whatever, in networks that may never have been."""
+    wanted: list[Operator], fillers: list[Operator], neighbours: list[Operator], carriers: int, length: int, seed: int,
+    mean: float | None,
+) -> None:  # fmt: skip
+    """Whatever is said to come behind whatever, in networks that may never have been, of whatever weights."""
     said = [(a.key, b.key) for a, b in permutations([*wanted, *fillers, *neighbours], 2)] if neighbours else []
-    packed = pack(wanted, fillers, carriers, length, seed, said, neighbours, said)
+    packed = pack(wanted, fillers, carriers, length, seed, said, neighbours, said, mean)
     known = {operator.key: operator for operator in [*wanted, *fillers]}
     places = Counter(key for carrier in packed for key in set(carrier.places.values()))
     assert all(places[operator.key] >= carriers for operator in wanted)
@@ -61,7 +71,7 @@ def test_every_wanted_operator_is_in_that_many_carriers(
         # A runtime drops what nothing reads: every tensor is read or returned.
         unread = {tensor for tensor, readers in enumerate(carrier.network.consumers()) if not readers}
         assert unread <= set(carrier.network.output_tensors)
-    assert packed == pack(wanted, fillers, carriers, length, seed, said, neighbours, said)
+    assert packed == pack(wanted, fillers, carriers, length, seed, said, neighbours, said, mean)
 
 
 def test_a_clamp_follows_nothing_that_could_take_it_in() -> None:
@@ -115,6 +125,12 @@ def test_neighbours_take_no_more_room_than_there_is() -> None:
         assert carrier.network.parameters <= ROOM_PARAMETERS + MAX_BALLAST
 
 
+def assert_weights(packed: Sequence[Carrier], asked: int) -> None:
+    """All have as many weights as asked, up to those of the smallest ballast."""
+    for carrier in packed:
+        assert asked - MIN_BALLAST**2 - 16 * MIN_BALLAST <= carrier.network.parameters <= 1.02 * asked + 20_000
+
+
 def test_carriers_are_alike_and_like_a_network() -> None:
     """What an operator costs depends on what else passes through the caches: none is packed among leftovers."""
     description = networks.load("mobilenet_v3", image_size=112)
@@ -128,8 +144,8 @@ def test_carriers_are_alike_and_like_a_network() -> None:
     packed = pack(operators, [], 6, 80, 0)
     assert len(packed) <= 1.3 * 6 * len(operators) / 40
     sizes = Counter(operator.inputs[0][2:] for operator in operators)
-    parameters = [carrier.network.parameters for carrier in packed]
-    assert max(parameters) < 5 * min(parameters)
+    assert_weights(packed, sum(operator.parameters for operator in operators) * 80 // len(operators))
+    assert_weights(pack(operators, [], 6, 80, 0, mean_parameters=80_000.0), 80 * 80_000)
     for carrier in packed:
         assert 28 <= len(carrier.places) <= 52
         assert 50 <= len(carrier.network.nodes) <= 110
@@ -190,7 +206,7 @@ def packed_like(drawn: list[Network]) -> list[Carrier]:
     """Carriers of a third of the operators, with all that is known of the others."""
     operators = list(dict.fromkeys(operator for network in drawn for operator in network.operators))
     wanted, others = operators[::3], [o for number, o in enumerate(operators) if number % 3]
-    behind, added = beside([network.operators for network in drawn], {operator.key for operator in wanted})
+    behind, added, _ = beside([network.operators for network in drawn], {operator.key for operator in wanted})
     return pack(wanted, [], 4, len(drawn[0].nodes), 0, behind, others, added)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from itertools import pairwise
+from statistics import fmean
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tables_kit import sub_networks
@@ -16,6 +18,7 @@ from profiler_server.scheduling import (
     MAX_ATTEMPTS,
     MAX_NETWORKS,
     MIN_FILLERS,
+    beside,
     choose_fillers,
     choose_known_networks,
     fate,
@@ -121,6 +124,19 @@ def test_few_are_told_of_each(pairs: list[tuple[str, str]], most: int) -> None:
     for second in "xy":
         asked = list(dict.fromkeys(pair for pair in pairs if pair[1] == second))
         assert [pair for pair in found if pair[1] == second] == asked[:most]
+
+
+def test_networks_tell_how_many_weights_their_operators_have() -> None:
+    small, large = (tuple(dict.fromkeys(network.operators)) for network in sub_networks(random.Random(0), 32, 2))
+    both = set(small) & set(large)
+    assert both
+    assert set(small) - both
+    means = {network: fmean(operator.parameters for operator in network) for network in (small, large)}
+    *_, told = beside([small, large], {operator.key for operator in small})
+    assert told == {
+        operator.key: pytest.approx(fmean(means.values()) if operator in both else means[small]) for operator in small
+    }
+    assert beside([large], {"none"}) == ([], [], {})
 
 
 def test_neighbours_come_before_strangers() -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 import httpx
@@ -399,6 +400,7 @@ def test_a_lease_says_what_stands_beside_what_in_networks(lab_on_both: Lab) -> N
     assert [operator.key for operator in lease.operators] == keys[:3]
     assert sorted(lease.successions) == sorted(pairwise(keys[:4])), "as they were asked for, in order"
     assert [operator.key for operator in lease.neighbours] == [keys[3]], "which comes behind the last"
+    assert lease.mean_parameters == pytest.approx(fmean(operator.parameters for operator in convs(40).values()))
     lab.report(lease.token, *(measured(key) for key in keys[:3]))
     lab.measure()
     lab.lookup(lab.pin().id, operators)
@@ -410,7 +412,7 @@ def test_a_lease_says_what_stands_beside_what_in_networks(lab_on_both: Lab) -> N
     lab.measure()
     lab.lookup(isolated.id, operators)
     lease = lab.must_lease()
-    assert (lease.successions, lease.shortcuts, lease.neighbours) == ((), (), ())
+    assert (lease.successions, lease.shortcuts, lease.neighbours, lease.mean_parameters) == ((), (), (), None)
 
 
 def test_reports_are_idempotent(lab_on_both: Lab) -> None:

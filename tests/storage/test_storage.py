@@ -207,13 +207,17 @@ def test_who_stands_beside_whom_is_kept_once(database: Database) -> None:
     keys = prepare(database, 4)
     pairs = [(keys[0], keys[1]), (keys[1], keys[2]), (keys[3], keys[2])]
     added = [(keys[0], keys[2]), (keys[0], keys[1])]
-    for some, others in ((pairs[:2], added), (pairs, added[:1]), ([], [])):
+    for some, others, means in (
+        (pairs[:2], added, {keys[2]: 1e9, keys[0]: 2.5}), (pairs, added[:1], {keys[2]: 7.0}), ([], [], {})
+    ):  # fmt: skip
         with database.write() as session:
-            queries.put_beside(session, some, others)
+            queries.put_beside(session, some, others, means)
     with database.read() as session:
         assert queries.read_beside(session, keys) == (sorted(pairs), sorted(added))
         assert queries.read_beside(session, [keys[3]]) == ([pairs[2]], [])
         assert queries.read_beside(session, []) == ([], [])
+        assert sorted(queries.read_mean_parameters(session, keys)) == [2.5, 7.0], "of those that were told, the last"
+        assert queries.read_mean_parameters(session, [keys[1]]) == []
 
 
 def test_a_device_has_one_active_lease(database: Database) -> None:
