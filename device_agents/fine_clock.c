@@ -4,12 +4,14 @@
 
    The clock can also leave out what ONNX Runtime's profiler does between its two readings around a kernel. It writes
    down what the kernel reads, then the kernel runs, then it writes down what was made, each into a string stream: the
-   kernel runs from the end of the first stream to the beginning of the last. */
+   kernel runs from the end of the first stream to the beginning of the last. All that makes streams in the process
+   therefore passes through here; only those of the library are looked at. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <link.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
@@ -44,7 +46,7 @@ static int64_t now(clockid_t clock) {
 static int64_t fast(void) {
     int64_t time = now(CLOCK_MONOTONIC);
     __atomic_fetch_add(&readings, 1, __ATOMIC_RELAXED);
-    if (stands_still && seen.reading < seen.end && seen.end < seen.begin) {
+    if (stands_still && seen.reading != 0 && seen.reading < seen.end && seen.end <= seen.begin) {
         seen.stood_still += (seen.end - seen.reading) + (time - seen.begin);
         __atomic_fetch_add(&stops, 1, __ATOMIC_RELAXED);
     }
@@ -80,8 +82,9 @@ static int find(struct dl_phdr_info *library, size_t size, void *name) {
    around kernels if `still` says so. Returns the factor; another number where the process has loaded no such library, or
    another one is served. */
 int latency_lab_fine_clock(const char *name, int still) {
-    stands_still = still;
-    return dl_iterate_phdr(find, (void *)name);
+    int factor = dl_iterate_phdr(find, (void *)name);
+    if (factor == FACTOR) stands_still = still;
+    return factor;
 }
 
 /* How often the fast clock was read, and before how many of these readings it had stood still. */
@@ -111,25 +114,28 @@ int64_t _ZNSt6chrono3_V212system_clock3nowEv(void) {
 static void *behind(const char *name) {
     void *library = dlopen("libstdc++.so.6", RTLD_LAZY | RTLD_NOLOAD);
     void *found = dlsym(library == NULL ? RTLD_NEXT : library, name);
-    if (found == NULL) abort();
+    if (found == NULL) {
+        fprintf(stderr, "the fine clock finds no %s: start the agent with fine_clock=off\n", name);
+        abort();
+    }
     return found;
 }
 
-/* The constructor of std::ios_base, with which a string stream begins. */
+/* The constructor of std::ios_base, with which every stream begins. */
 void _ZNSt8ios_baseC2Ev(void *stream) {
     static void (*construct)(void *);
     if (construct == NULL) *(void **)&construct = behind("_ZNSt8ios_baseC2Ev");
-    if (served(__builtin_return_address(0))) {
+    if (stands_still && served(__builtin_return_address(0))) {
         seen.streams++;
         seen.begin = now(CLOCK_MONOTONIC);
     }
     construct(stream);
 }
 
-/* The destructor of std::stringstream. */
+/* The destructor of std::stringstream, which the profiler has; before another kind of stream nothing is left out. */
 void _ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEED1Ev(void *stream) {
     static void (*destroy)(void *);
     if (destroy == NULL) *(void **)&destroy = behind("_ZNSt7__cxx1118basic_stringstreamIcSt11char_traitsIcESaIcEED1Ev");
     destroy(stream);
-    if (seen.streams == 1 && served(__builtin_return_address(0))) seen.end = now(CLOCK_MONOTONIC);
+    if (stands_still && seen.streams == 1 && served(__builtin_return_address(0))) seen.end = now(CLOCK_MONOTONIC);
 }

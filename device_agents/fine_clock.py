@@ -21,7 +21,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -168,10 +169,19 @@ class Clock:
                 "the agent again, or set fine_clock=off"
             )
         self.tick_ms = MICROSECOND_MS / max(factor, 1)
-        self.readings, self.stops = self._count()
+        self.readings = self.stops = 0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Around every run of the session: how often it read the fine clock, and how often that had stood still
+        before. There are others in the process."""
+        readings, stops = self._count()
+        yield
+        now_readings, now_stops = self._count()
+        self.readings += now_readings - readings
+        self.stops += now_stops - stops
 
     def _count(self) -> tuple[int, int]:
-        """How often the fine clock was read so far, and how often it stood still before."""
         if self.libraries is None:
             return 0, 0
         return (
@@ -183,16 +193,14 @@ class Clock:
         """A profile of runs that took so long in all. Raises Unsupported where it was not taken by the clock that it
         was given, tells more time than passed, or has the profiler's own work in some of its entries alone."""
         entries = len(times.total_ms) * int(times.events.sum())
-        readings, stops = self._count()
-        read, stood_still = readings - self.readings, stops - self.stops
-        if self.tick_ms < MICROSECOND_MS and read < entries:
+        if self.tick_ms < MICROSECOND_MS and self.readings < entries:
             raise Unsupported(
-                f"the profiler read the fine clock {read} times for {entries} entries: it has another; set "
+                f"the profiler read the fine clock {self.readings} times for {entries} entries: it has another; set "
                 "fine_clock=off"
             )
-        if 0 < stood_still < entries:
+        if 0 < self.stops < entries:
             raise Unsupported(
-                f"the fine clock left out the profiler's own work in {stood_still} of {entries} entries; set "
+                f"the fine clock left out the profiler's own work in {self.stops} of {entries} entries; set "
                 "fine_clock=off"
             )
         told_ms = float(times.total_ms.sum())

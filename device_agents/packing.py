@@ -44,8 +44,8 @@ from lut_db.operators import (
 )
 
 BOTTLENECK = 16
-"""Channels between the two halves of an adapter from many channels to many: a carrier's weights should be those of its
-operators. A multiple of what runtimes block channels by."""
+"""Channels between the two halves of an adapter from many channels to many: a carrier's weights should be in its
+operators and its ballast. A multiple of what runtimes block channels by."""
 
 LED = frozenset({"convolution", "channel_bypass", "squeeze_excite", "pool", "global_pool", "upsample", "linear"})
 """Kinds before which a carrier puts an operator that makes what they read. It is not timed there: what it reads itself
@@ -75,8 +75,7 @@ what an adapter makes, which can be in another layout."""
 ROOM_PARAMETERS = 1 << 28
 ROOM_ACTIVATIONS = 1 << 30
 """Weights and elements in all beyond which a carrier takes nothing more (1 and 4 GiB of float32): operators that may
-each be there must not make a graph together that no device holds. The first, its adapters, and
-the ballast are always taken."""
+each be there must not make a graph together that no device holds. The first and its adapters are always taken."""
 
 BOTH = (False, True)
 """Whether what is read is a sum, where that is not known or may be."""
@@ -85,7 +84,8 @@ MIN_BALLAST = 64
 """Features of a ballast's layers below which its weights do not matter."""
 
 MAX_BALLAST = 1 << 24
-"""Weights beyond which more make no difference: no cache holds them (64 MiB of float32)."""
+"""Weights beyond which more make no difference: no cache holds them (64 MiB of float32). A carrier that lacks more
+stays lighter."""
 
 MAX_STRIDE = 64
 MAX_GROWTH = 16
@@ -117,8 +117,8 @@ def pack(
     other in networks that were asked for, and `neighbours` those of them that are neither wanted nor fillers: operators
     get the neighbours that they have in networks, wherever that can be. `shortcuts` are such pairs where the first made
     what the second adds, be it through sums of equal shapes, which keep its layout. `mean_parameters` are the weights
-    that an operator has on average in those networks; where they are not told, it is as with those to be packed. All
-    carriers have as many weights as `length` such operators, but those that begin with more.
+    that an operator has on average in those networks; where they are not told, it is as with those to be packed. A
+    carrier has as many weights as `length` such operators: it takes nothing with weights any more once it has them.
     """
     packer = _Packer(
         wanted, fillers, carriers, length, random.Random(seed), successions, neighbours, shortcuts, mean_parameters
@@ -202,8 +202,8 @@ class _Packer:
         self.length = length
         if mean_parameters is None:
             mean_parameters = sum(piece.parameters for piece in self.pieces) / len(self.pieces)
-        self.parameters = min(int(length * mean_parameters), ROOM_PARAMETERS)
-        """Weights of a carrier."""
+        self.parameters = int(length * mean_parameters)
+        """Weights that a carrier should have."""
         share = sum(piece.key in self.before for piece in self.pieces) / len(self.pieces)
         self.timed = max(1, int(length * (TIMED + share * (TIMED_BESIDE - TIMED))))
         """Operators of a carrier that have places there; the others are adapters and neighbours."""
@@ -358,7 +358,9 @@ class _Packer:
         if fitting:
             return self._choose(unlike or fitting), tensor
         adaptable = [
-            p for p in pieces if _can_adapt(here, p.reads) and walk.has_room(p, _adapter_parameters(here, p.reads))
+            p
+            for p in pieces
+            if _can_adapt(here, p.reads) and walk.has_room(p, adapters=_adapter_parameters(here, p.reads))
         ]
         while adaptable:
             piece = self._choose(adaptable)
@@ -398,14 +400,14 @@ class _Packer:
             if (
                 lead.level <= max(_size(here), piece.level)
                 and self._can_lead(here, lead)
-                and walk.has_room(piece, lead.parameters + _adapter_parameters(here, lead.reads), lead.activations)
+                and walk.has_room(piece, lead.parameters, lead.activations, _adapter_parameters(here, lead.reads))
             ):
                 leads.append(lead)
             elif (
                 real
                 and isinstance(lead.operator, Convolution)
                 and _can_adapt(here, piece.reads)
-                and walk.has_room(piece, _adapter_parameters(here, piece.reads))
+                and walk.has_room(piece, adapters=_adapter_parameters(here, piece.reads))
             ):
                 leads.append(None)
         return leads
@@ -570,10 +572,10 @@ class _Walk:
     """A carrier under construction."""
 
     def __init__(
-        self, rng: random.Random, natures: Mapping[tuple[str, int], Collection[bool]], most_parameters: int
+        self, rng: random.Random, natures: Mapping[tuple[str, int], Collection[bool]], asked_parameters: int
     ) -> None:  # fmt: skip
         self.natures = natures
-        self.most_parameters = most_parameters
+        self.asked_parameters = asked_parameters
         self.sums: set[int] = set()
         """Sums of different shapes, and what else was added to these: a runtime has them in its plain layout."""
         self.build = NetworkBuilder()
@@ -588,10 +590,13 @@ class _Walk:
         self.parameters = 0
         self.activations = 0
 
-    def has_room(self, piece: _Piece, parameters: int = 0, activations: int = 0) -> bool:
-        """Whether the carrier can take an operator too, behind others of so many weights and elements."""
+    def has_room(self, piece: _Piece, parameters: int = 0, activations: int = 0, adapters: int = 0) -> bool:
+        """Whether the carrier can take an operator too, behind others of so many weights and elements, and behind
+        adapters of so many weights."""
+        parameters += piece.parameters
         return (
-            self.parameters + piece.parameters + parameters <= self.most_parameters
+            (parameters == 0 or self.parameters < self.asked_parameters)
+            and self.parameters + parameters + adapters <= ROOM_PARAMETERS
             and self.activations + piece.activations + activations <= ROOM_ACTIVATIONS
         )
 
@@ -784,7 +789,7 @@ class _Walk:
         the caches before it comes again.
         """
         tensor = self.end(current)
-        lacking = self.most_parameters - self.parameters
+        lacking = self.asked_parameters - self.parameters
         features = min(isqrt(min(max(0, lacking), MAX_BALLAST)), MAX_ELEMENTS // self.shape(tensor)[0])
         if features >= MIN_BALLAST:
             if len(self.shape(tensor)) > 2:

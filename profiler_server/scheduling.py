@@ -105,9 +105,11 @@ _Pairs = list[tuple[str, str]]
 def beside(networks: Sequence[Sequence[Operator]], keys: Collection[str]) -> tuple[_Pairs, _Pairs, dict[str, float]]:
     """What these networks tell of these operators, by keys: which operator came right behind which, which made what is
     added by which, as far as `successions` and `shortcuts` tell, and how many weights an operator has on average in the
-    networks that each of them is in."""
+    networks that each of them is in. What is asked for alone tells of no network."""
     means: defaultdict[str, list[float]] = defaultdict(list)
     for network in networks:
+        if len(network) < 2:
+            continue
         mean = fmean(operator.parameters for operator in network)
         for key in {operator.key for operator in network}.intersection(keys):
             means[key].append(mean)

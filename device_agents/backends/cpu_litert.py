@@ -15,6 +15,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from ctypes import byref, c_char_p, c_int, c_int32, c_int64, c_size_t, c_uint32, c_void_p
 from dataclasses import dataclass, replace
 from functools import cache
@@ -421,12 +422,13 @@ class _Session:
 
     def time(self, runs: int) -> list[float]:
         times_ms = []
-        for _ in range(runs):
-            times_ms.append(self._run())
-            self.timed += 1
-            self.passed_ms += times_ms[-1]
-            if self.profile is not None:
-                self.profile.drain_if_full()
+        with nullcontext() if self.profile is None else self.profile.clock.running():
+            for _ in range(runs):
+                times_ms.append(self._run())
+                self.timed += 1
+                self.passed_ms += times_ms[-1]
+                if self.profile is not None:
+                    self.profile.drain_if_full()
         return times_ms
 
     def node_times(self) -> NodeTimes:

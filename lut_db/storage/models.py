@@ -117,7 +117,8 @@ class Plan(Base):
 
 class Workload(Base):
     """What can be measured: an operator, or a whole network. `family` and `parameters` are what corrections ask of
-    it, `mean_parameters` the weights that an operator has on average in the networks that it was last asked for in."""
+    it, `mean_parameters` the weights that an operator has on average in the networks for which it was last put in a
+    queue."""
 
     __tablename__ = "workloads"
 

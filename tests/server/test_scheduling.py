@@ -137,6 +137,7 @@ def test_networks_tell_how_many_weights_their_operators_have() -> None:
         operator.key: pytest.approx(fmean(means.values()) if operator in both else means[small]) for operator in small
     }
     assert beside([large], {"none"}) == ([], [], {})
+    assert beside([large[:1]], {large[0].key}) == ([], [], {}), "what is asked for alone tells of no network"
 
 
 def test_neighbours_come_before_strangers() -> None:
