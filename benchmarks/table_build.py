@@ -2,9 +2,9 @@
 
 The operators of random sub-networks are measured through the whole system, several times from nothing (each time under
 a plan with another seed, so nothing is known), as a search asks for them: in networks. The usual way is measured in
-this process: every operator in a session of its own, 500 runs, their mean. `cv` is the latency-weighted
-median over operators of the coefficient of variation of their rows over the builds; for the canary it is that of its
-speed over the leases.
+this process: every operator in a session of its own, 500 runs, their mean. `cv` is the latency-weighted median over
+operators of the coefficient of variation of their rows over the builds; for the canary it is that of its speed over the
+leases.
 """
 
 from __future__ import annotations
