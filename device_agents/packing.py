@@ -250,10 +250,10 @@ class _Packer:
         """`straight`: it takes what makes maps smaller only where that needs a place."""
         left = self._quota()
         unused = {piece.key: piece for piece in self.pieces}
-        walk = _Walk(self.rng, self.natures, self.parameters)
+        walk = _Walk(self.natures, self.parameters)
         found = self._read(walk, walk.begin(start.operator), [start]) if start.key in self.before else None
         if found is None:
-            walk = _Walk(self.rng, self.natures, self.parameters)
+            walk = _Walk(self.natures, self.parameters)
             found = (start, walk.enter(start.operator, image=start.key in self.images))
         while found is not None:
             piece, current = found
@@ -571,15 +571,12 @@ def _image(shape: Shape) -> Shape:
 class _Walk:
     """A carrier under construction."""
 
-    def __init__(
-        self, rng: random.Random, natures: Mapping[tuple[str, int], Collection[bool]], asked_parameters: int
-    ) -> None:  # fmt: skip
+    def __init__(self, natures: Mapping[tuple[str, int], Collection[bool]], asked_parameters: int) -> None:
         self.natures = natures
         self.asked_parameters = asked_parameters
         self.sums: set[int] = set()
         """Sums of different shapes, and what else was added to these: a runtime has them in its plain layout."""
         self.build = NetworkBuilder()
-        self.rng = rng
         self.places: dict[int, str] = {}
         self.tensors: dict[Shape, list[int]] = {}
         self.read: set[int] = set()
