@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod, sqrt
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,6 +53,16 @@ STRAY = 0.05
 
 CERTAIN = 0.02
 """Relative spread between carriers below which one known operator says no more than another."""
+
+LEASES_DIFFER = 0.02
+"""Relative standard deviation of leases from each other, scaled to the canary, as far as is known before."""
+
+UNLIKE = 0.1
+"""Relative difference of an operator's time in one carrier that can be the carrier's; the rest is the operator's."""
+
+ITS_OWN = 4
+"""How many times as much an operator's time varies from carrier to carrier, in variance, as that of all that a carrier
+times."""
 
 TICK_MS = 1e-3
 """What profilers count in, those of a table's oldest rows at least."""
@@ -141,6 +152,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         lease.plan,
     )  # fmt: skip
     samples = _samples(graphs, timed, profiles, slowness, profiler_ms, failures, lease.plan)
+    samples = _levelled(samples) if profiles else samples
     over_time = sampled.canary_over_time(lease.plan.statistic)
     refusal = refusal or _drift("the canary", slowness, lease.plan) or unsteady(over_time, lease.plan)
     drifts = _network_drifts(samples, lease) if lease.networks else _filler_drifts(samples, lease)
@@ -521,9 +533,9 @@ def believed_drift(
     """The drift that known operators show, from what each takes now over what the table says.
 
     The mean of the logarithms, those far from the middle drawn in: each by how well its carriers agree and by how many
-    of a profiler's ticks it takes (what takes few reads the same at any speed). It is drawn towards none, in the manner
-    of James and Stein (1961), as far as it is uncertain: then the canary is the better guess. None where one operator
-    would speak for all.
+    of a profiler's ticks it takes (what takes few reads the same at any speed). It is drawn towards none as far as its
+    variance goes beyond what leases differ by anyway (the posterior mean of a normal prior): then the canary is the
+    better guess. None where one operator would speak for all.
     """
     logs = np.log(ratios)
     weights = 1 / ((CERTAIN + spreads) ** 2 + (TICK_MS / known_ms) ** 2)
@@ -538,7 +550,7 @@ def believed_drift(
     logs = np.clip(logs, middle - STRAY, middle + STRAY)
     drift = float(weights @ logs)
     variance = float(weights @ (logs - drift) ** 2) * share / (1 - share) / near**2
-    return float(np.exp(drift * max(0.0, 1 - variance / drift**2))) if drift else 1.0
+    return float(np.exp(drift * LEASES_DIFFER**2 / (LEASES_DIFFER**2 + variance)))
 
 
 def _network_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> dict[str, float]:
@@ -556,6 +568,35 @@ def _network_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease)
         weights = 1 / (1 + ((sizes - size[key]) / ALIKE) ** 2)
         drifts[key] = float(np.exp(weights @ logs / weights.sum()))
     return drifts
+
+
+def _levelled(samples: dict[str, list[tuple[Samples, str]]]) -> dict[str, list[tuple[Samples, str]]]:
+    """The same samples, without what all that a carrier times has in common: as if it was as fast as the others."""
+    levels = carrier_levels({key: {graph: _value(one) for one, graph in found} for key, found in samples.items()})
+    return {key: [(_slower(one, levels[graph]), graph) for one, graph in found] for key, found in samples.items()}
+
+
+def carrier_levels(values: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """How slow each carrier is beside the others, 1 on average, from the latencies in ms of every operator in each.
+
+    The mean of what its operators take there over what they take in the middle of their carriers, in logarithms, those
+    far off drawn in, each by how many of a profiler's ticks it takes; drawn towards none where these are few. Which
+    memory a runtime gave a carrier, and what else was in the caches then, slows down all of it; a mean over few
+    carriers has that in it.
+    """
+    ratios: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for found in values.values():
+        middle_ms = statistic(list(found.values()), "interquartile_mean")
+        weight = 1 / (CERTAIN**2 + (TICK_MS / middle_ms) ** 2)
+        for graph, value_ms in found.items():
+            ratios[graph].append((np.log(value_ms / middle_ms), weight))
+    levels = {}
+    for graph, found_there in ratios.items():
+        logs, weights = np.array(found_there).T
+        level = float(np.average(np.clip(logs, -UNLIKE, UNLIKE), weights=weights))
+        levels[graph] = level * len(logs) / (len(logs) + ITS_OWN)
+    common = fmean(levels.values())
+    return {graph: float(np.exp(level - common)) for graph, level in levels.items()}
 
 
 def _slower(samples: Samples, drift: float) -> Samples:

@@ -15,7 +15,7 @@ from phones import phone as running_phone
 
 from device_agents import backends
 from device_agents.backends import LoadFailed, Options, Unprofiled, Unsupported
-from device_agents.measuring import MIN_KNOWN, MIN_KNOWN_NETWORKS, STRAY, believed_drift, measure
+from device_agents.measuring import MIN_KNOWN, MIN_KNOWN_NETWORKS, STRAY, believed_drift, carrier_levels, measure
 from lut_db.canary import canary
 from lut_db.errors import InvalidInput
 from lut_db.networks import Network
@@ -203,12 +203,13 @@ def test_a_drift_is_believed_as_far_as_it_is_certain() -> None:
         return believed_drift(ratios, spreads, known_us / 1e3)
 
     slower = [(1.08, 0.01, 20.0), (1.09, 0.02, 30.0), (1.07, 0.01, 50.0), (1.08, 0.02, 15.0)]
-    assert drift(*slower) == pytest.approx(1.08, abs=0.005)
+    assert drift(*slower) == pytest.approx(1.08, abs=0.01)
+    assert drift(*slower) < drift(*slower * 6) == pytest.approx(1.08, abs=0.005), "more say it with more certainty"
     ticks = [(0.9, 0.0, 0.6)] * 20
     assert drift(*slower, *ticks) == pytest.approx(1.08, abs=0.01), "one tick reads the same at any speed"
-    assert drift(*slower, (3.0, 0.01, 20.0)) == pytest.approx(1.08, abs=0.02), "one that strays does not lead"
+    assert drift(*slower * 2, (3.0, 0.01, 20.0)) == pytest.approx(1.08, abs=0.02), "one that strays does not lead"
     scattered = [(0.96, 0.05, 20.0), (1.06, 0.05, 20.0), (0.98, 0.05, 30.0), (1.03, 0.05, 10.0)]
-    assert drift(*scattered) == 1, "the canary is the better guess"
+    assert drift(*scattered) == pytest.approx(1, abs=0.005), "the canary is the better guess"
     assert drift(*[(1.0, 0.0, 20.0)] * 8) == 1
     assert drift(*[(2.0, 0.0, 20.0)] * 8) == pytest.approx(2)
     assert drift((1.08, 0.0, 50.0), *[(1.0, 0.0, 0.6)] * 23) == 1, "none speaks for all"
@@ -216,6 +217,34 @@ def test_a_drift_is_believed_as_far_as_it_is_certain() -> None:
     believed = [abs(np.log(drift(*((float(np.exp(log)), 0.01, 20.0) for log in logs)))) for logs in apart]
     means = [abs(float(np.median(logs))) for logs in apart]
     assert np.mean(believed) < np.mean(means) / 2, "what is far apart is uncertain, drawn in or not"
+
+
+def test_what_is_common_to_a_carrier_is_told_from_its_operators() -> None:
+    rng = np.random.default_rng(0)
+    graphs = [f"carrier {number}" for number in range(12)]
+    slow = dict(zip(graphs, np.exp(rng.normal(0, 0.03, len(graphs))), strict=True))
+    operators_ms = np.exp(rng.normal(-4, 1, 32))
+
+    def latencies(noise: float) -> list[dict[str, float]]:
+        return [
+            {graph: float(ms * slow[graph] * np.exp(rng.normal(0, noise))) for graph in rng.choice(graphs, 6, False)}
+            for ms in operators_ms
+        ]
+
+    def off(found: list[dict[str, float]], levels: dict[str, float]) -> float:
+        rows = [np.mean([ms / levels.get(graph, 1.0) for graph, ms in each.items()]) for each in found]
+        return float(np.std(np.log(rows / operators_ms)))
+
+    for noise, share in ((0.0, 0.5), (0.01, 0.9)):
+        found = latencies(noise)
+        levels = carrier_levels({str(number): each for number, each in enumerate(found)})
+        assert np.mean(np.log(list(levels.values()))) == pytest.approx(0, abs=1e-12)
+        assert off(found, levels) < share * off(found, {})
+    strays = {str(number): each for number, each in enumerate(latencies(0.0))}
+    strays["0"] = {graph: ms * (9 if number == 0 else 1) for number, (graph, ms) in enumerate(strays["0"].items())}
+    assert max(carrier_levels(strays).values()) < 1.1, "one that strays is not its carrier's"
+    alone = {"a": 1.0, "b": 1.04, "c": 0.98}
+    assert all(abs(level - 1) < 0.01 for level in carrier_levels({"operator": alone}).values()), "its own"
 
 
 @IN_FP32
