@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod, sqrt
@@ -18,7 +18,7 @@ from device_agents import energy
 from device_agents.backends import Backend, Loaded, LoadFailed, NodeTimes, Unprofiled, Unreachable, Unsupported
 from device_agents.packing import pack
 from device_agents.sampling import Z95, Timed, Times, chosen, half_width, sample, statistic
-from lut_db.canary import canary
+from lut_db.canary import canary, heavy_canary, is_heavy
 from lut_db.measurements import Cause, Evidence, Failure, Measurement, Samples, Stop
 from lut_db.networks import Network
 from lut_db.plans import Plan
@@ -27,6 +27,7 @@ from lut_db.wire import Lease, Report
 CANARY_SESSIONS = 4
 """Sessions of the canary: a single one is up to 2 % off, from where its memory happens to lie."""
 
+HEAVY_CANARY_SESSIONS = 3
 CANARY_WARMUP_RUNS = 5
 MESSAGE_LENGTH = 4000
 TWINS = 6
@@ -72,6 +73,9 @@ MIN_VOICES = 3
 
 USUAL_SPREAD = 0.05
 """That of an operator which was seen in too few carriers to tell."""
+
+MOST_FOR_WEIGHTS = 1 / 2
+"""The largest share of a latency that is said to be what a busy memory adds to its weights."""
 
 UNSTEADY = 1 / 3
 """Share of the drift tolerance by which a device may change its speed while it is measured."""
@@ -122,12 +126,14 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     began = time.perf_counter()
     canaries = load_canaries(backend)
     loaded = _load(backend, lease, failures, progress)
+    heavy = {graph.network.key for graph in loaded if lease.plan.context != "isolated" and is_heavy(graph.network)}
     twins = _load_twins(backend, loaded)
     progress(f"timing {len(loaded)} graphs")
     watch = backend.watch()
     sampled = sample(
         [*(graph.loaded.time for graph in loaded), *(twin.time for _, twin in twins)], canaries, lease.plan,
-        lease.token, starts=backend.starts,
+        lease.token, heavy_canaries=load_canaries(backend, heavy_canary(), HEAVY_CANARY_SESSIONS) if heavy else (),
+        starts=backend.starts,
     )  # fmt: skip
     seen, refusal = watch.read(lease.plan)
 
@@ -141,6 +147,12 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     now_ms = sampled.canary_ms(lease.plan.statistic)
     canary_ms = lease.canary_ms or now_ms
     slowness = now_ms / canary_ms
+    heavy_ms = lease.heavy_canary_ms
+    heavy_slowness = 1.0
+    if heavy:
+        heavy_now_ms = sampled.heavy_canary_ms(lease.plan.statistic) / slowness
+        heavy_ms = heavy_ms or heavy_now_ms
+        heavy_slowness = heavy_now_ms / heavy_ms
     profiles = _profiles(graphs, failures)
     plain = [
         (graph, twin, record)
@@ -152,9 +164,13 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         lease.plan,
     )  # fmt: skip
     samples = _samples(graphs, timed, profiles, slowness, profiler_ms, failures, lease.plan)
+    if heavy_ms is not None:
+        weight_ms = (heavy_slowness - 1) * heavy_ms / heavy_canary().parameters
+        samples = _without_waits(samples, lease, heavy, weight_ms)
     samples = _levelled(samples) if profiles else samples
     over_time = sampled.canary_over_time(lease.plan.statistic)
     refusal = refusal or _drift("the canary", slowness, lease.plan) or unsteady(over_time, lease.plan)
+    refusal = refusal or _drift("the heavy canary", heavy_slowness, lease.plan)
     drifts = _network_drifts(samples, lease) if lease.networks else _filler_drifts(samples, lease)
     typical = float(np.median(list(drifts.values()))) if drifts else None
     if typical is not None:
@@ -169,7 +185,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         energies, counted = _energies(backend, asked, profiles, spare, profiler_ms, lease.plan)
     stops: dict[str, Stop] = {graph.key: record.stop or "max_runs" for graph, record in zip(graphs, timed, strict=True)}
     measured = {key: _measurement(key, found, stops, energies.get(key), lease.plan) for key, found in samples.items()}
-    all_canaries = np.concatenate(sampled.canaries_ms)
+    all_canaries = np.concatenate([times_ms for _, times_ms in sampled.looks])
 
     measurements = []
     for key in keys:
@@ -198,20 +214,25 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         facts["profiler_tick_us"] = round(max(ticks_ms) * 1e3, 4)
     if typical is not None:
         facts["known_drift"] = round(typical, 4)
+    if heavy:
+        facts["heavy_slowness"] = round(heavy_slowness, 4)
+    believed = bool(timed) and refusal is None
     return Report(
-        measurements=tuple(measurements), canary_ms=canary_ms if timed and refusal is None else None, evidence=facts
-    )
+        measurements=tuple(measurements), canary_ms=canary_ms if believed else None,
+        heavy_canary_ms=heavy_ms if believed and heavy else None, evidence=facts,
+    )  # fmt: skip
 
 
-def load_canaries(backend: Backend) -> list[Times]:
-    """Sessions of the canary, warmed up: as many as a backend can keep, one where every start is dear.
+def load_canaries(backend: Backend, network: Network | None = None, sessions: int = CANARY_SESSIONS) -> list[Times]:
+    """Sessions of the canary, or of another network, warmed up: as many as a backend can keep, one where every start is
+    dear.
 
     A device on which not even the canary runs, now or later, says nothing of any operator: Unreachable.
     """
 
     def load() -> Times:
         with _no_canary():
-            session = backend.load(canary(), profile=False)
+            session = backend.load(network or canary(), profile=False)
 
         def run(runs: int) -> Sequence[float]:
             with _no_canary():
@@ -220,7 +241,7 @@ def load_canaries(backend: Backend) -> list[Times]:
         run(CANARY_WARMUP_RUNS)
         return run
 
-    return [load() for _ in range(1 if backend.starts else CANARY_SESSIONS)]
+    return [load() for _ in range(1 if backend.starts else sessions)]
 
 
 @contextmanager
@@ -568,6 +589,25 @@ def _network_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease)
         weights = 1 / (1 + ((sizes - size[key]) / ALIKE) ** 2)
         drifts[key] = float(np.exp(weights @ logs / weights.sum()))
     return drifts
+
+
+def _without_waits(
+    samples: dict[str, list[tuple[Samples, str]]], lease: Lease, heavy: Collection[str], weight_ms: float
+) -> dict[str, list[tuple[Samples, str]]]:
+    """The same samples, those from heavy graphs without what every weight took longer there, `weight_ms` at the
+    reference speed: each pays for as many as it has. In lighter graphs the caches keep the weights."""
+    records = (*lease.operators, *lease.fillers, *lease.networks, *lease.known_networks)
+    parameters = {record.key: record.parameters for record in records}
+
+    def rested(one: Samples, key: str) -> Samples:
+        latency_ms = _value(one)
+        rested_ms = max(latency_ms - parameters[key] * weight_ms, latency_ms * (1 - MOST_FOR_WEIGHTS))
+        return _slower(one, latency_ms / rested_ms)
+
+    return {
+        key: [(rested(one, key) if graph in heavy else one, graph) for one, graph in found]
+        for key, found in samples.items()
+    }
 
 
 def _levelled(samples: dict[str, list[tuple[Samples, str]]]) -> dict[str, list[tuple[Samples, str]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -27,6 +27,8 @@ CANARY_WAKE_RUNS = 6
 CANARY_RUNS = 4
 LOOK_S = 0.02
 """Where graphs are small, the canary is not looked at more often than this."""
+HEAVY_EVERY = 2
+"""The heavy canary, which takes about as long as what it is run beside, is looked at with every second look."""
 MOST_LOOKS = 8
 """After a visit of seconds the canary is run longer, for each second as long as else, up to this."""
 PARTS = 4
@@ -97,21 +99,18 @@ class Timed:
     """Why it could not be timed to the end."""
 
 
+Look = tuple[int, list[float]]
+"""The number of a canary's session, and its latencies."""
+
+
 @dataclass
 class Sampled:
-    """What `sample` saw: every graph's latencies, and those of each session of the canary, taken all the while."""
+    """What `sample` saw: every graph's latencies, and those of the canaries, taken all the while, in the order of
+    time."""
 
     graphs: list[Timed]
-    looks: list[tuple[int, list[float]]]
-    """Each look at the canary in the order of time: the number of its session, and the latencies."""
-
-    @property
-    def canaries_ms(self) -> list[list[float]]:
-        """The canary's latencies by session."""
-        found: dict[int, list[float]] = {}
-        for number, times_ms in self.looks:
-            found.setdefault(number, []).extend(times_ms)
-        return list(found.values())
+    looks: list[Look]
+    heavy_looks: list[Look] = field(default_factory=list)
 
     def canary_over_time(self, name: Statistic) -> list[float]:
         """The canary's latency in successive parts of the time, each of so many latencies that noise does not show."""
@@ -122,7 +121,18 @@ class Sampled:
 
     def canary_ms(self, name: Statistic) -> float:
         """The canary's latency: the mean over its sessions of their statistic."""
-        return fmean(statistic(times_ms, name) for times_ms in self.canaries_ms)
+        return _over_sessions(self.looks, name)
+
+    def heavy_canary_ms(self, name: Statistic) -> float:
+        """That of the heavy canary."""
+        return _over_sessions(self.heavy_looks, name)
+
+
+def _over_sessions(looks: Iterable[Look], name: Statistic) -> float:
+    sessions: dict[int, list[float]] = {}
+    for number, times_ms in looks:
+        sessions.setdefault(number, []).extend(times_ms)
+    return fmean(statistic(times_ms, name) for times_ms in sessions.values())
 
 
 def decide(timed: Timed, plan: Plan) -> Stop | None:
@@ -148,12 +158,14 @@ Times = Callable[[int], Sequence[float]]
 
 
 def sample(
-    graphs: Sequence[Times], canaries: Sequence[Times], plan: Plan, seed: int, *, starts: bool = False
-) -> Sampled:
+    graphs: Sequence[Times], canaries: Sequence[Times], plan: Plan, seed: int, *, heavy_canaries: Sequence[Times] = (),
+    starts: bool = False,
+) -> Sampled:  # fmt: skip
     """Times every graph under the plan, in rounds of random order, with a canary at the start, between and at the end.
 
     A fixed order would let a drift of the device hit some graphs more than others. The canaries are sessions of one
-    network and take turns: where a runtime happened to place one in memory matters less. Graphs and canaries are timed
+    network and take turns: where a runtime happened to place one in memory matters less; `heavy_canaries` are those of
+    another one. Graphs and canaries are timed
     with warm caches, so that neither depends on what else is in the lease. `starts` says that each visit starts a tool
     afresh, which warms up by itself and is dear: the canary then is run as often as a graph.
 
@@ -161,7 +173,8 @@ def sample(
     """
     rng = random.Random(seed)
     timed = [Timed() for _ in graphs]
-    looks: list[tuple[int, list[float]]] = []
+    looks: list[Look] = []
+    heavy_looks: list[Look] = []
     looked: float | None = None
 
     def look(*, often: bool = True) -> None:
@@ -169,12 +182,17 @@ def sample(
         passed_s = 0.0 if looked is None else time.perf_counter() - looked
         if not often and looked is not None and passed_s < LOOK_S:
             return
-        number = rng.randrange(len(canaries))
-        if not starts:
-            canaries[number](CANARY_WAKE_RUNS)
         runs = plan.round_runs if starts else CANARY_RUNS * max(1, min(MOST_LOOKS, int(passed_s)))
-        looks.append((number, list(canaries[number](runs))))
+        if heavy_canaries and len(looks) % HEAVY_EVERY == 0:
+            heavy_looks.append(look_at(heavy_canaries, WAKE_RUNS, runs))
+        looks.append(look_at(canaries, CANARY_WAKE_RUNS, runs))
         looked = time.perf_counter()
+
+    def look_at(sessions: Sequence[Times], wake_runs: int, runs: int) -> Look:
+        number = rng.randrange(len(sessions))
+        if not starts:
+            sessions[number](wake_runs)
+        return number, list(sessions[number](runs))
 
     def run(number: int, visit: Callable[[Times, Timed], None]) -> None:
         try:
@@ -194,7 +212,7 @@ def sample(
             look(often=starts)
             run(number, partial(_visit, plan, 0 if starts else WAKE_RUNS))
     look()
-    return Sampled(timed, looks)
+    return Sampled(timed, looks, heavy_looks)
 
 
 def _warm_up(plan: Plan, graph: Times, timed: Timed) -> None:

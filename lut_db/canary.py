@@ -1,17 +1,23 @@
-"""The canary: one small network, always the same, that shows how fast a device is at this moment.
+"""The canaries: networks, always the same, that show how fast a device is at this moment.
 
 Shared machines and warm phones change speed by tens of percent within seconds. The canary runs
 between what is timed, and latencies are stated at the speed at which the canary takes its reference time. It mixes
 what networks are made of: blocked convolutions, depthwise, squeeze-and-excite, and linear layers whose weights
 do not fit a core's own cache.
+
+A device's memory can be busy while its speed is the same. Then networks with many weights are slow, and what they spend
+on each weight more is shown by the heavy canary, beside them alone.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from math import sqrt
 
 from lut_db.networks import Network, NetworkBuilder
 from lut_db.operators import Convolution, GlobalPool, Linear, SqueezeExcite, same_padding
+
+HEAVY_BLOCKS = 5
 
 
 @cache
@@ -20,18 +26,39 @@ def canary() -> Network:
     build = NetworkBuilder()
     tensor = build.input((1, 32, 28, 28))
     for filters, stride in ((64, 2), (128, 2), (256, 1)):
-        channels = build.shape(tensor)[1] * 4
-        tensor = build.add(
-            Convolution(input=build.shape(tensor), filters=channels, kernel=(1, 1), activation="hard_swish"), tensor
-        )
-        depthwise = Convolution(
-            input=build.shape(tensor), filters=channels, kernel=(3, 3), stride=(stride, stride),
-            padding=same_padding(3), groups=channels, activation="relu",
-        )  # fmt: skip
-        tensor = build.add(depthwise, tensor)
-        tensor = build.add(SqueezeExcite(input=build.shape(tensor), squeeze=channels // 4), tensor)
-        tensor = build.add(Convolution(input=build.shape(tensor), filters=filters, kernel=(1, 1)), tensor)
+        tensor = _block(build, tensor, filters, stride)
     tensor = build.add(GlobalPool(input=build.shape(tensor)), tensor)
     for features in (1024, 1024, 512):
         tensor = build.add(Linear(input=build.shape(tensor), features=features, activation="relu"), tensor)
     return build.network()
+
+
+@cache
+def heavy_canary() -> Network:
+    """About 120 million multiply-accumulates and 5 million parameters, as mobile networks for ImageNet have."""
+    build = NetworkBuilder()
+    tensor = build.input((1, 32, 28, 28))
+    for filters, stride in ((64, 2), (128, 2), *[(256, 1)] * HEAVY_BLOCKS):
+        tensor = _block(build, tensor, filters, stride)
+    tensor = build.add(GlobalPool(input=build.shape(tensor)), tensor)
+    return build.network(build.add(Linear(input=build.shape(tensor), features=1024, activation="relu"), tensor))
+
+
+def is_heavy(network: Network) -> bool:
+    """Whether a network is nearer to the heavy canary than to the other, by its weights."""
+    return network.parameters >= sqrt(canary().parameters * heavy_canary().parameters)
+
+
+def _block(build: NetworkBuilder, tensor: int, filters: int, stride: int) -> int:
+    """An inverted residual block with squeeze-and-excite, without the residual."""
+    channels = build.shape(tensor)[1] * 4
+    tensor = build.add(
+        Convolution(input=build.shape(tensor), filters=channels, kernel=(1, 1), activation="hard_swish"), tensor
+    )
+    depthwise = Convolution(
+        input=build.shape(tensor), filters=channels, kernel=(3, 3), stride=(stride, stride),
+        padding=same_padding(3), groups=channels, activation="relu",
+    )  # fmt: skip
+    tensor = build.add(depthwise, tensor)
+    tensor = build.add(SqueezeExcite(input=build.shape(tensor), squeeze=channels // 4), tensor)
+    return build.add(Convolution(input=build.shape(tensor), filters=filters, kernel=(1, 1)), tensor)

@@ -61,7 +61,7 @@ class Lease(Value):
     another added there; those of them that are neither asked for here nor fillers are `neighbours`, which only stand
     beside others in carriers. `mean_parameters` are the weights that an operator has on average in those networks, None
     where none were told. `canary_ms` is the latency of the canary on which the target's tables are based, None until a
-    first report has set it.
+    first report has set it; `heavy_canary_ms` is that of the heavy canary.
     """
 
     token: int
@@ -78,6 +78,7 @@ class Lease(Value):
     known_networks: tuple[Network, ...] = ()
     known_ms: dict[Key, float] = Field(default_factory=dict)
     canary_ms: float | None = Field(default=None, gt=0)
+    heavy_canary_ms: float | None = Field(default=None, gt=0)
     expires_in_s: float
 
 
@@ -91,11 +92,13 @@ class Report(Value):
     """The results of a lease: one measurement for each operator and network, and what was true around them.
 
     `canary_ms` is the latency of the canary to which the measurements were scaled: that of the lease, or, if it had
-    none, the one measured with it, which becomes the target's. A report scaled to another one is not believed.
+    none, the one measured with it, which becomes the target's. A report scaled to another one is not believed. So with
+    `heavy_canary_ms`, where it was needed, at the canary's reference speed.
     """
 
     measurements: tuple[Measurement, ...]
     canary_ms: Milliseconds | None = None
+    heavy_canary_ms: Milliseconds | None = None
     evidence: Evidence = Field(default_factory=dict)
 
 

@@ -100,11 +100,12 @@ def compose(session: Session, token: int, settings: Settings) -> Lease | None:
         known_ms = {workload.key: latency_ms for workload, latency_ms in [*fillers.items(), *known.items()]}
     beside = _beside(session, plan, wanted, fillers)
     left = record.deadline - queries.clock(session)
+    canary_ms, heavy_canary_ms = queries.read_canaries(session, record.target)
     return Lease(
         token=token, device=record.device, target=queries.read_target(session, record.target), plan=plan,
         operators=tuple(wanted), networks=tuple(networks), fillers=tuple(fillers), **beside,
         known_networks=tuple(known), known_ms=known_ms,
-        canary_ms=queries.read_canary(session, record.target),
+        canary_ms=canary_ms, heavy_canary_ms=heavy_canary_ms,
         expires_in_s=max(left.total_seconds(), 0.0),
     )  # fmt: skip
 
@@ -340,14 +341,16 @@ def _admit(
 
 
 def _disbelief(session: Session, target: str, report: Report, said: dict[str, Measurement]) -> Failure | None:
-    """Why the latencies of a report are not believed. The first that are believed base the tables on their canary."""
+    """Why the latencies of a report are not believed. The first that are believed base the tables on their canaries."""
     if report.canary_ms is None or all(measurement.failure is not None for measurement in said.values()):
         return None
-    holds = queries.base_on_canary(session, target, report.canary_ms)
-    if isclose(holds, report.canary_ms, rel_tol=CANARY_TOLERANCE):
-        return None
-    told = f"scaled to a canary of {report.canary_ms:.6g} ms; the target's tables are scaled to {holds:.6g} ms"
-    return Failure(cause="drift", message=told)
+    told = report.canary_ms, report.heavy_canary_ms
+    hold = queries.base_on_canaries(session, target, told)
+    for name, told_ms, holds_ms in zip(("a canary", "a heavy canary"), told, hold, strict=True):
+        if told_ms is not None and holds_ms is not None and not isclose(holds_ms, told_ms, rel_tol=CANARY_TOLERANCE):
+            message = f"scaled to {name} of {told_ms:.6g} ms; the target's tables are scaled to {holds_ms:.6g} ms"
+            return Failure(cause="drift", message=message)
+    return None
 
 
 def _dispose(

@@ -66,13 +66,15 @@ class Base(DeclarativeBase):
 
 
 class Target(Base):
-    """What a latency is a property of. `canary_ms` is the latency of the canary to which its tables are scaled."""
+    """What a latency is a property of. `canary_ms` is the latency of the canary to which its tables are scaled, and
+    `heavy_canary_ms` that of the heavy canary, once a lease needed it."""
 
     __tablename__ = "targets"
 
     key: Mapped[str] = mapped_column(String(16), primary_key=True)
     definition: Mapped[dict[str, Any]]
     canary_ms: Mapped[float | None]
+    heavy_canary_ms: Mapped[float | None]
 
 
 class Device(Base):

@@ -120,16 +120,24 @@ def read_target(session: Session, key: str) -> targets.Target:
     return targets.Target.model_validate(record.definition)
 
 
-def read_canary(session: Session, target: str) -> float | None:
-    """The latency in ms of the canary to which a target's tables are scaled, None until a report has set it."""
-    return session.execute(select(m.Target.canary_ms).where(m.Target.key == target)).scalar_one_or_none()
+Canaries = tuple[float | None, float | None]
+"""The latencies in ms of the canary and of the heavy canary to which a target's tables are scaled; None until a report
+has set it."""
 
 
-def base_on_canary(session: Session, target: str, canary_ms: float) -> float:
-    """Bases a target's tables on this latency of the canary, unless they have one; returns the one that holds."""
-    unset = update(m.Target).where(m.Target.key == target, m.Target.canary_ms.is_(None))
-    session.execute(unset.values(canary_ms=canary_ms).execution_options(synchronize_session=False))
-    return session.execute(select(m.Target.canary_ms).where(m.Target.key == target)).scalar_one() or canary_ms
+def read_canaries(session: Session, target: str) -> Canaries:
+    """Those of a target."""
+    found = session.execute(select(m.Target.canary_ms, m.Target.heavy_canary_ms).where(m.Target.key == target)).first()
+    return (None, None) if found is None else (found[0], found[1])
+
+
+def base_on_canaries(session: Session, target: str, told: Canaries) -> Canaries:
+    """Bases a target's tables on these, as far as they have none; returns those that hold."""
+    for base, latency_ms in zip((m.Target.canary_ms, m.Target.heavy_canary_ms), told, strict=True):
+        if latency_ms is not None:
+            unset = update(m.Target).where(m.Target.key == target, base.is_(None)).values({base: latency_ms})
+            session.execute(unset.execution_options(synchronize_session=False))
+    return read_canaries(session, target)
 
 
 def read_plan(session: Session, key: str) -> plans.Plan:

@@ -29,13 +29,14 @@ class SnapshotRow(Value):
 
 
 class SnapshotFile(Value):
-    """A snapshot: one table of a target and plan, as it was frozen, with its correction and its canary's latency."""
+    """A snapshot: one table of a target and plan, as it was frozen, with its correction and its canaries' latencies."""
 
     format: Literal["latency-lab snapshot"] = "latency-lab snapshot"
     vocabulary: Literal[1] = 1
     target: Target
     plan: Plan
     canary_ms: float | None = Field(default=None, gt=0)
+    heavy_canary_ms: float | None = Field(default=None, gt=0)
     correction: Correction | None = None
     evidence: tuple[Evidence, ...] = ()
     rows: tuple[SnapshotRow, ...] = Field(default=())
@@ -63,9 +64,10 @@ def export_snapshot(session: Session, number: int) -> SnapshotFile:
                 }
             )
         )  # fmt: skip
+    canary_ms, heavy_canary_ms = queries.read_canaries(session, pin.target)
     return SnapshotFile(
         target=queries.read_target(session, pin.target), plan=queries.read_plan(session, pin.plan),
-        canary_ms=queries.read_canary(session, pin.target),
+        canary_ms=canary_ms, heavy_canary_ms=heavy_canary_ms,
         correction=queries.read_correction(session, pin.correction),
         evidence=tuple(definition for _, definition in evidence.values()), rows=tuple(rows),
     )  # fmt: skip
@@ -100,16 +102,17 @@ def import_snapshot(session: Session, snapshot: SnapshotFile) -> int:
     """Stores a snapshot as a sealed pin of its own, and returns its number here.
 
     Its rows and its correction become the next revisions of the table; pins that are already there keep theirs.
-    Raises Conflict where the table is scaled to another latency of the canary: the two cannot be mixed.
+    Raises Conflict where the table is scaled to another latency of a canary: the two cannot be mixed.
     """
     target, plan = snapshot.target.key, snapshot.plan.key
     queries.put_targets(session, [snapshot.target])
-    if snapshot.canary_ms is not None:
-        holds = queries.base_on_canary(session, target, snapshot.canary_ms)
-        if holds != snapshot.canary_ms:
+    told = snapshot.canary_ms, snapshot.heavy_canary_ms
+    hold = queries.base_on_canaries(session, target, told)
+    for field, told_ms, holds_ms in zip(("canary_ms", "heavy_canary_ms"), told, hold, strict=True):
+        if told_ms is not None and holds_ms != told_ms:
             raise Conflict(
-                f"the rows are scaled to a canary of {snapshot.canary_ms} ms, this database's to {holds} ms",
-                field="canary_ms", remedy="import it into a database of its own",
+                f"the rows are scaled to a canary of {told_ms} ms, this database's to {holds_ms} ms",
+                field=field, remedy="import it into a database of its own",
             )  # fmt: skip
     queries.put_plan(session, snapshot.plan)
     queries.put_workloads(session, {row.operator.key: row.operator for row in snapshot.rows})

@@ -96,7 +96,9 @@ def test_what_is_counted_was_run_with_warm_caches(monkeypatch: pytest.MonkeyPatc
     plan = Plan(warmup_runs=2, round_runs=3, min_runs=6, settle_runs=6, max_runs=6)
     canaries = [recording(calls, name) for name in ("canary 0", "canary 1")]
     sampled = sample([recording(calls, name) for name in "ab"], canaries, plan, seed=0)
-    assert sum(map(len, sampled.canaries_ms)) == 5 * CANARY_RUNS, "before each of four visits, and at the end"
+    assert sum(len(times_ms) for _, times_ms in sampled.looks) == 5 * CANARY_RUNS, (
+        "before each of four visits, and at the end"
+    )
     assert calls[:4] == ["a", "a", "b", "b"]
     visits = [list(group) for _, group in groupby(calls[4:])]
     assert [visit[0][:6] == "canary" for visit in visits] == [True, False] * 4 + [True]
@@ -178,7 +180,7 @@ def test_small_graphs_share_a_look_at_the_canary(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sampling, "LOOK_S", 3600.0)
     plan = Plan(round_runs=3, min_runs=6, settle_runs=6, max_runs=6)
     sampled = sample([recording([], "a")] * 50, [recording([], "canary")], plan, seed=0)
-    assert len(sampled.canaries_ms[0]) == 2 * CANARY_RUNS, "at the start and at the end"
+    assert sum(len(times_ms) for _, times_ms in sampled.looks) == 2 * CANARY_RUNS, "at the start and at the end"
 
 
 def test_a_tool_that_tells_means_is_run_in_rounds() -> None:
@@ -194,5 +196,5 @@ def test_a_tool_that_tells_means_is_run_in_rounds() -> None:
     assert asked == [2, 5, 5, 5, 5]
     assert record.done == 20
     assert record.positions == [1, 2, 3, 4], "the first latency was the warm-up's"
-    assert len(sampled.canaries_ms[0]) == 25
+    assert sum(len(times_ms) for _, times_ms in sampled.looks) == 25
     assert sampled.canary_ms("median") == 2.0

@@ -188,7 +188,7 @@ def test_a_process_killed_within_a_transaction_leaves_the_tables_as_they_were(da
     with database.read() as session:
         assert session.execute(select(func.count()).select_from(m.Row)).scalar_one() == 0
         assert session.execute(select(func.count()).select_from(m.Pending)).scalar_one() == 5
-        assert queries.read_canary(session, TARGET.key) is None
+        assert queries.read_canaries(session, TARGET.key) == (None, None)
         assert session.execute(select(func.count()).select_from(m.Lease)).scalar_one() == (what == "report")
     with database.write() as session:  # and nobody else is locked out
         if what == "claim":
