@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod, sqrt
@@ -18,7 +18,7 @@ from device_agents import energy
 from device_agents.backends import Backend, Loaded, LoadFailed, NodeTimes, Unprofiled, Unreachable, Unsupported
 from device_agents.packing import pack
 from device_agents.sampling import Z95, Timed, Times, chosen, half_width, sample, statistic
-from lut_db.canary import canary, heavy_canary, is_heavy
+from lut_db.canary import canary, heaviness, heavy_canary
 from lut_db.measurements import Cause, Evidence, Failure, Measurement, Samples, Stop
 from lut_db.networks import Network
 from lut_db.plans import Plan
@@ -126,14 +126,17 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     began = time.perf_counter()
     canaries = load_canaries(backend)
     loaded = _load(backend, lease, failures, progress)
-    heavy = {graph.network.key for graph in loaded if lease.plan.context != "isolated" and is_heavy(graph.network)}
+    heavy = {
+        graph.network.key: share
+        for graph in loaded if lease.plan.context != "isolated" and (share := heaviness(graph.network)) > 0
+    }  # fmt: skip
+    heavy_canaries = load_canaries(backend, heavy_canary(), HEAVY_CANARY_SESSIONS) if heavy else []
     twins = _load_twins(backend, loaded)
     progress(f"timing {len(loaded)} graphs")
     watch = backend.watch()
     sampled = sample(
         [*(graph.loaded.time for graph in loaded), *(twin.time for _, twin in twins)], canaries, lease.plan,
-        lease.token, heavy_canaries=load_canaries(backend, heavy_canary(), HEAVY_CANARY_SESSIONS) if heavy else (),
-        starts=backend.starts,
+        lease.token, heavy_canaries=heavy_canaries, starts=backend.starts,
     )  # fmt: skip
     seen, refusal = watch.read(lease.plan)
 
@@ -164,7 +167,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         lease.plan,
     )  # fmt: skip
     samples = _samples(graphs, timed, profiles, slowness, profiler_ms, failures, lease.plan)
-    if heavy_ms is not None:
+    if heavy and heavy_ms:
         weight_ms = (heavy_slowness - 1) * heavy_ms / heavy_canary().parameters
         samples = _without_waits(samples, lease, heavy, weight_ms)
     samples = _levelled(samples) if profiles else samples
@@ -592,20 +595,20 @@ def _network_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease)
 
 
 def _without_waits(
-    samples: dict[str, list[tuple[Samples, str]]], lease: Lease, heavy: Collection[str], weight_ms: float
+    samples: dict[str, list[tuple[Samples, str]]], lease: Lease, heavy: Mapping[str, float], weight_ms: float
 ) -> dict[str, list[tuple[Samples, str]]]:
-    """The same samples, those from heavy graphs without what every weight took longer there, `weight_ms` at the
-    reference speed: each pays for as many as it has. In lighter graphs the caches keep the weights."""
+    """The same samples, without what weights took longer because the memory was busy: `weight_ms` for each at the
+    reference speed, in graphs as heavy as the heavy canary. Each operator or network pays for as many as it has."""
     records = (*lease.operators, *lease.fillers, *lease.networks, *lease.known_networks)
     parameters = {record.key: record.parameters for record in records}
 
-    def rested(one: Samples, key: str) -> Samples:
+    def rested(one: Samples, key: str, heaviness: float) -> Samples:
         latency_ms = _value(one)
-        rested_ms = max(latency_ms - parameters[key] * weight_ms, latency_ms * (1 - MOST_FOR_WEIGHTS))
-        return _slower(one, latency_ms / rested_ms)
+        waits_ms = min(heaviness * parameters[key] * weight_ms, latency_ms * MOST_FOR_WEIGHTS)
+        return _slower(one, latency_ms / (latency_ms - waits_ms))
 
     return {
-        key: [(rested(one, key) if graph in heavy else one, graph) for one, graph in found]
+        key: [(rested(one, key, heavy.get(graph, 0.0)), graph) for one, graph in found]
         for key, found in samples.items()
     }
 

@@ -12,7 +12,6 @@ on each weight more is shown by the heavy canary, beside them alone.
 from __future__ import annotations
 
 from functools import cache
-from math import sqrt
 
 from lut_db.networks import Network, NetworkBuilder
 from lut_db.operators import Convolution, GlobalPool, Linear, SqueezeExcite, same_padding
@@ -44,9 +43,11 @@ def heavy_canary() -> Network:
     return build.network(build.add(Linear(input=build.shape(tensor), features=1024, activation="relu"), tensor))
 
 
-def is_heavy(network: Network) -> bool:
-    """Whether a network is nearer to the heavy canary than to the other, by its weights."""
-    return network.parameters >= sqrt(canary().parameters * heavy_canary().parameters)
+def heaviness(network: Network) -> float:
+    """How much a network feels of what the heavy canary shows: nothing with as many weights as the canary has or fewer,
+    all with as many as the heavy canary has or more."""
+    light, heavy = canary().parameters, heavy_canary().parameters
+    return min(1.0, max(0.0, (network.parameters - light) / (heavy - light)))
 
 
 def _block(build: NetworkBuilder, tensor: int, filters: int, stride: int) -> int:

@@ -344,11 +344,12 @@ def _disbelief(session: Session, target: str, report: Report, said: dict[str, Me
     """Why the latencies of a report are not believed. The first that are believed base the tables on their canaries."""
     if report.canary_ms is None or all(measurement.failure is not None for measurement in said.values()):
         return None
-    told = report.canary_ms, report.heavy_canary_ms
-    hold = queries.base_on_canaries(session, target, told)
-    for name, told_ms, holds_ms in zip(("a canary", "a heavy canary"), told, hold, strict=True):
-        if told_ms is not None and holds_ms is not None and not isclose(holds_ms, told_ms, rel_tol=CANARY_TOLERANCE):
-            message = f"scaled to {name} of {told_ms:.6g} ms; the target's tables are scaled to {holds_ms:.6g} ms"
+    for name, told_ms, heavy in (("canary", report.canary_ms, False), ("heavy canary", report.heavy_canary_ms, True)):
+        if told_ms is None:
+            continue
+        holds_ms = queries.base_on_canary(session, target, told_ms, heavy=heavy)
+        if not isclose(holds_ms, told_ms, rel_tol=CANARY_TOLERANCE):
+            message = f"scaled to a {name} of {told_ms:.6g} ms; the target's tables are scaled to {holds_ms:.6g} ms"
             return Failure(cause="drift", message=message)
     return None
 

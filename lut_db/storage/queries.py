@@ -120,24 +120,19 @@ def read_target(session: Session, key: str) -> targets.Target:
     return targets.Target.model_validate(record.definition)
 
 
-Canaries = tuple[float | None, float | None]
-"""The latencies in ms of the canary and of the heavy canary to which a target's tables are scaled; None until a report
-has set it."""
-
-
-def read_canaries(session: Session, target: str) -> Canaries:
-    """Those of a target."""
+def read_canaries(session: Session, target: str) -> tuple[float | None, float | None]:
+    """The latencies in ms of the canary and of the heavy canary to which a target's tables are scaled, None until a
+    report has set it."""
     found = session.execute(select(m.Target.canary_ms, m.Target.heavy_canary_ms).where(m.Target.key == target)).first()
     return (None, None) if found is None else (found[0], found[1])
 
 
-def base_on_canaries(session: Session, target: str, told: Canaries) -> Canaries:
-    """Bases a target's tables on these, as far as they have none; returns those that hold."""
-    for base, latency_ms in zip((m.Target.canary_ms, m.Target.heavy_canary_ms), told, strict=True):
-        if latency_ms is not None:
-            unset = update(m.Target).where(m.Target.key == target, base.is_(None)).values({base: latency_ms})
-            session.execute(unset.execution_options(synchronize_session=False))
-    return read_canaries(session, target)
+def base_on_canary(session: Session, target: str, canary_ms: float, *, heavy: bool = False) -> float:
+    """Bases a target's tables on this latency of a canary, unless they have one; returns the one that holds."""
+    base = m.Target.heavy_canary_ms if heavy else m.Target.canary_ms
+    unset = update(m.Target).where(m.Target.key == target, base.is_(None))
+    session.execute(unset.values({base: canary_ms}).execution_options(synchronize_session=False))
+    return session.execute(select(base).where(m.Target.key == target)).scalar_one() or canary_ms
 
 
 def read_plan(session: Session, key: str) -> plans.Plan:

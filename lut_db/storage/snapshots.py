@@ -106,10 +106,11 @@ def import_snapshot(session: Session, snapshot: SnapshotFile) -> int:
     """
     target, plan = snapshot.target.key, snapshot.plan.key
     queries.put_targets(session, [snapshot.target])
-    told = snapshot.canary_ms, snapshot.heavy_canary_ms
-    hold = queries.base_on_canaries(session, target, told)
-    for field, told_ms, holds_ms in zip(("canary_ms", "heavy_canary_ms"), told, hold, strict=True):
-        if told_ms is not None and holds_ms != told_ms:
+    for field, told_ms in (("canary_ms", snapshot.canary_ms), ("heavy_canary_ms", snapshot.heavy_canary_ms)):
+        if told_ms is None:
+            continue
+        holds_ms = queries.base_on_canary(session, target, told_ms, heavy=field == "heavy_canary_ms")
+        if holds_ms != told_ms:
             raise Conflict(
                 f"the rows are scaled to a canary of {told_ms} ms, this database's to {holds_ms} ms",
                 field=field, remedy="import it into a database of its own",

@@ -16,7 +16,7 @@ from phones import phone as running_phone
 from device_agents import backends
 from device_agents.backends import LoadFailed, Options, Unprofiled, Unsupported
 from device_agents.measuring import MIN_KNOWN, MIN_KNOWN_NETWORKS, STRAY, believed_drift, carrier_levels, measure
-from lut_db.canary import canary
+from lut_db.canary import canary, heavy_canary
 from lut_db.errors import InvalidInput
 from lut_db.networks import Network
 from lut_db.operators import (
@@ -194,6 +194,36 @@ def test_known_operators_tie_a_lease_to_its_table(backend: backends.Backend) -> 
     assert "known_drift" not in measure(backend, asked.model_copy(update={"known_ms": few})).evidence
     other = measure(backend, asked.model_copy(update={"known_ms": dict.fromkeys(tenth_ms, 1e-6)}))
     assert [m.failure.cause for m in other.measurements if m.failure] == ["drift"]
+
+
+@IN_FP32
+def test_what_a_busy_memory_adds_to_weights_is_left_out(backend: backends.Backend) -> None:
+    """A network that is the heavy canary itself then takes what that takes at its reference, and a light one what it
+    takes."""
+    plan = light(backend, context="whole", carriers=1, drift_tolerance=0.5)
+    small = Network.of(ONE_OF_EACH[0])
+    before = measure(backend, lease(backend, plan, networks=(small,)))
+    assert before.heavy_canary_ms is None
+    assert "heavy_slowness" not in before.evidence
+    first = measure(backend, lease(backend, plan, networks=(heavy_canary(),), canary_ms=before.canary_ms))
+    assert first.heavy_canary_ms is not None
+    assert first.evidence["heavy_slowness"] == 1
+    quiet_ms = first.heavy_canary_ms / 1.2
+    asked = lease(backend, plan, networks=(small, heavy_canary()), canary_ms=before.canary_ms, heavy_canary_ms=quiet_ms)
+    report = measure(backend, asked)
+    light_one, heavy_one = (measurement.samples for measurement in report.measurements)
+    slowness, heavy_slowness = report.evidence["slowness"], report.evidence["heavy_slowness"]
+    assert report.heavy_canary_ms == quiet_ms
+    assert isinstance(slowness, float)
+    assert isinstance(heavy_slowness, float)
+    assert 1 < heavy_slowness < 1.5
+    assert all(found.slowness == pytest.approx(slowness, abs=1e-3) for found in light_one)
+    for found in heavy_one:
+        read_ms = float(np.mean([found.samples_ms[number] for number in found.counted])) / slowness
+        assert read_ms / found.slowness * slowness == pytest.approx(read_ms - (heavy_slowness - 1) * quiet_ms, rel=0.01)
+    far = measure(backend, asked.model_copy(update={"heavy_canary_ms": quiet_ms / 2}))
+    assert {m.failure.cause for m in far.measurements if m.failure} == {"drift"}
+    assert far.heavy_canary_ms is None
 
 
 def test_a_drift_is_believed_as_far_as_it_is_certain() -> None:

@@ -90,15 +90,28 @@ def recording(calls: list[str], name: str):
     return time
 
 
+def test_the_heavy_canary_is_looked_at_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "LOOK_S", 0.0)
+    calls: list[str] = []
+    plan = Plan(warmup_runs=0, round_runs=3, min_runs=6, settle_runs=6, max_runs=6)
+    heavy = [recording(calls, name) for name in ("heavy 0", "heavy 1")]
+    graphs = [recording(calls, name) for name in "ab"]
+    sampled = sample(graphs, [recording(calls, "canary")], plan, seed=0, heavy_canaries=heavy)
+    assert (len(sampled.looks), len(sampled.heavy_looks)) == (5, 3), "with the first look, the third and the last"
+    assert [len(times_ms) for _, times_ms in sampled.heavy_looks] == [CANARY_RUNS] * 3
+    assert calls.count("heavy 0") + calls.count("heavy 1") == 3 * (WAKE_RUNS + CANARY_RUNS)
+    apart = sampling.Sampled([], [(0, [9.0])], [(0, [1.0, 1.2]), (1, [3.0]), (0, [1.1])])
+    assert apart.heavy_canary_ms("median") == pytest.approx((1.1 + 3.0) / 2), "the mean over its sessions"
+
+
 def test_what_is_counted_was_run_with_warm_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "LOOK_S", 0.0)
     calls: list[str] = []
     plan = Plan(warmup_runs=2, round_runs=3, min_runs=6, settle_runs=6, max_runs=6)
     canaries = [recording(calls, name) for name in ("canary 0", "canary 1")]
     sampled = sample([recording(calls, name) for name in "ab"], canaries, plan, seed=0)
-    assert sum(len(times_ms) for _, times_ms in sampled.looks) == 5 * CANARY_RUNS, (
-        "before each of four visits, and at the end"
-    )
+    looks = [len(times_ms) for _, times_ms in sampled.looks]
+    assert looks == [CANARY_RUNS] * 5, "before each of four visits, and at the end"
     assert calls[:4] == ["a", "a", "b", "b"]
     visits = [list(group) for _, group in groupby(calls[4:])]
     assert [visit[0][:6] == "canary" for visit in visits] == [True, False] * 4 + [True]

@@ -67,12 +67,14 @@ class Lab:
         assert lease is not None
         return lease
 
-    def report(self, token: int, *measurements: Measurement, canary_ms: float = 0.2) -> ReportOutcome:
+    def report(
+        self, token: int, *measurements: Measurement, canary_ms: float = 0.2, heavy_canary_ms: float | None = None
+    ) -> ReportOutcome:
         body = {
             "measurements": [measurement.model_dump(mode="json") for measurement in measurements],
-            "canary_ms": canary_ms,
+            "canary_ms": canary_ms, "heavy_canary_ms": heavy_canary_ms,
             "evidence": {"load": 0.01},
-        }
+        }  # fmt: skip
         answer = self.client.post(f"/v1/leases/{token}/results", json=body)
         assert answer.status_code == 200, answer.text
         return ReportOutcome.model_validate(answer.json())
@@ -453,6 +455,29 @@ def test_a_report_scaled_to_another_canary_is_not_believed(start_server, databas
     assert "0.3 ms" in (lab.device().reason or "")
     first = lab.must_lease("bench", wait_s=30.0)
     assert lab.report(first.token, measured(key), canary_ms=0.2).rows == 1
+
+
+def test_a_report_scaled_to_another_heavy_canary_is_not_believed(lab_on_both: Lab) -> None:
+    """Which only leases of heavy graphs tell. What is not believed sets no reference."""
+    lab = lab_on_both
+    lab.lookup(lab.pin().id, convs(4))
+
+    def tell(canary_ms: float, heavy_canary_ms: float | None) -> ReportOutcome:
+        lease = lab.must_lease(max_operators=1, wait_s=30.0)
+        told.append((lease.canary_ms, lease.heavy_canary_ms))
+        keys = [operator.key for operator in lease.operators]
+        return lab.report(
+            lease.token, *map(measured, keys), canary_ms=canary_ms, heavy_canary_ms=heavy_canary_ms
+        )  # fmt: skip
+
+    told: list[tuple[float | None, float | None]] = []
+    assert tell(0.2, None).rows == 1
+    assert tell(0.3, 2.0).requeued == 1, "at another speed"
+    assert tell(0.2, 1.0).rows == 1
+    assert tell(0.2, 1.1).requeued == 1
+    assert "heavy canary of 1.1 ms" in (lab.device().reason or "")
+    assert tell(0.2, None).rows == tell(0.2, 1.0).rows == 1
+    assert told == [(None, None), (0.2, None), (0.2, None), (0.2, 1.0), (0.2, 1.0), (0.2, 1.0)]
 
 
 def test_a_restarted_agent_gives_its_lease_up(lab_on_both: Lab) -> None:
