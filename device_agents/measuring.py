@@ -74,6 +74,9 @@ MIN_VOICES = 3
 USUAL_SPREAD = 0.05
 """That of an operator which was seen in too few carriers to tell."""
 
+HEAVY_STRAYS = 0.02
+"""Relative standard deviation of the heavy canary from networks of its size while nothing keeps the memory busy."""
+
 MOST_FOR_WEIGHTS = 1 / 2
 """The largest share of a latency that is said to be what a busy memory adds to its weights."""
 
@@ -168,7 +171,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     )  # fmt: skip
     samples = _samples(graphs, timed, profiles, slowness, profiler_ms, failures, lease.plan)
     if heavy and heavy_ms:
-        weight_ms = (heavy_slowness - 1) * heavy_ms / heavy_canary().parameters
+        weight_ms = _beyond(heavy_slowness - 1, HEAVY_STRAYS) * heavy_ms / heavy_canary().parameters
         samples = _without_waits(samples, lease, heavy, weight_ms)
     samples = _levelled(samples) if profiles else samples
     over_time = sampled.canary_over_time(lease.plan.statistic)
@@ -611,6 +614,11 @@ def _without_waits(
         key: [(rested(one, key, heavy.get(graph, 0.0)), graph) for one, graph in found]
         for key, found in samples.items()
     }
+
+
+def _beyond(difference: float, strays: float) -> float:
+    """What is left of a difference that may be chance, in the manner of James and Stein (1961)."""
+    return difference * max(0.0, 1 - (strays / difference) ** 2) if difference else 0.0
 
 
 def _levelled(samples: dict[str, list[tuple[Samples, str]]]) -> dict[str, list[tuple[Samples, str]]]:

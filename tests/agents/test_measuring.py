@@ -15,7 +15,15 @@ from phones import phone as running_phone
 
 from device_agents import backends
 from device_agents.backends import LoadFailed, Options, Unprofiled, Unsupported
-from device_agents.measuring import MIN_KNOWN, MIN_KNOWN_NETWORKS, STRAY, believed_drift, carrier_levels, measure
+from device_agents.measuring import (
+    HEAVY_STRAYS,
+    MIN_KNOWN,
+    MIN_KNOWN_NETWORKS,
+    STRAY,
+    believed_drift,
+    carrier_levels,
+    measure,
+)
 from lut_db.canary import canary, heavy_canary
 from lut_db.errors import InvalidInput
 from lut_db.networks import Network
@@ -218,9 +226,10 @@ def test_what_a_busy_memory_adds_to_weights_is_left_out(backend: backends.Backen
     assert isinstance(heavy_slowness, float)
     assert 1 < heavy_slowness < 1.5
     assert all(found.slowness == pytest.approx(slowness, abs=1e-3) for found in light_one)
+    waits_ms = (heavy_slowness - 1) * (1 - (HEAVY_STRAYS / (heavy_slowness - 1)) ** 2) * quiet_ms
     for found in heavy_one:
         read_ms = float(np.mean([found.samples_ms[number] for number in found.counted])) / slowness
-        assert read_ms / found.slowness * slowness == pytest.approx(read_ms - (heavy_slowness - 1) * quiet_ms, rel=0.01)
+        assert read_ms * slowness / found.slowness == pytest.approx(read_ms - waits_ms, rel=0.01)
     far = measure(backend, asked.model_copy(update={"heavy_canary_ms": quiet_ms / 2}))
     assert {m.failure.cause for m in far.measurements if m.failure} == {"drift"}
     assert far.heavy_canary_ms is None
