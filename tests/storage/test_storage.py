@@ -274,6 +274,8 @@ def test_a_snapshot_goes_to_a_file_and_into_another_database(database: Database,
         new = [queries.NewRow(measured(key, 0.125), "bench", None, evidence, now) for key in keys[:2]]
         new.append(queries.NewRow(failed(keys[2], "unsupported"), "bench", None, evidence, now))
         queries.append_rows(session, TARGET.key, PLAN.key, new)
+        queries.base_on_canary(session, TARGET.key, 0.25)
+        queries.base_on_canary(session, TARGET.key, 1.5, heavy=True)
         pin = queries.open_pin(session, TARGET.key, PLAN.key, now)
         queries.freeze_rows(session, pin, keys)
         queries.seal_pin(session, pin)
@@ -290,10 +292,17 @@ def test_a_snapshot_goes_to_a_file_and_into_another_database(database: Database,
     assert "unsupported" not in lut_db("rows", TARGET.key, "--status", "measured", "--database", there).stdout
     assert len(lut_db("rows", TARGET.key, "--database", there).stdout.splitlines()) == 4
     assert lut_db("remeasure", TARGET.key, PLAN.key, "--database", there).stdout == "1 measurements enqueued\n"
-    file.write_text(file.read_text().replace('"latency_ms": 0.125', '"latency_ms": -1', 1))
-    done = lut_db("snapshot", "import", str(file), "--database", there)
-    assert done.exit_code == 1
-    assert "rows.0.measurement.latency_ms" in done.stderr
+    told = file.read_text()
+    for said, instead, field in (
+        ('"latency_ms": 0.125', '"latency_ms": -1', "rows.0.measurement.latency_ms"),
+        ('"canary_ms": 0.25', '"canary_ms": 0.26', "canary_ms"),
+        ('"heavy_canary_ms": 1.5', '"heavy_canary_ms": 1.6', "heavy_canary_ms"),
+    ):
+        assert said in told
+        file.write_text(told.replace(said, instead, 1))
+        done = lut_db("snapshot", "import", str(file), "--database", there)
+        assert done.exit_code == 1
+        assert field in done.stderr
 
 
 def test_the_command_explains_what_is_wrong(tmp_path) -> None:
