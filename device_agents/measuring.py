@@ -77,8 +77,12 @@ USUAL_SPREAD = 0.05
 HEAVY_STRAYS = 0.02
 """Relative standard deviation of the heavy canary from networks of its size while nothing keeps the memory busy."""
 
-MOST_FOR_WEIGHTS = 1 / 2
-"""The largest share of a latency that is said to be what a busy memory adds to its weights."""
+FEELS = 4
+"""How many times as much as the heavy canary, relatively, an operator feels a busy memory at most: those that read
+weights fastest were seen to feel it three times as much."""
+
+MOST_WAITS = 1 / 2
+"""The largest share of a latency that is said to be what a busy memory adds."""
 
 UNSTEADY = 1 / 3
 """Share of the drift tolerance by which a device may change its speed while it is measured."""
@@ -102,7 +106,7 @@ def measure(backend: Backend, lease: Lease, progress: Callable[[str], None] = la
     """Measures what a lease asks for. Whatever goes wrong with an operator is a failure in the report.
 
     Results are refused (causes `load`, `hot`, `drift`) where other processes were too busy or the device too hot,
-    or where the canary, or what the table knows, says that it was at another speed than the table's; there are none
+    or where a canary, or what the table knows, says that it was at another speed than the table's; there are none
     from a device that is gone (cause `unreachable`).
     """
     if lease.plan.context == "in_context" and isinstance(backend, Unprofiled):
@@ -130,10 +134,10 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     canaries = load_canaries(backend)
     loaded = _load(backend, lease, failures, progress)
     heavy = {
-        graph.network.key: share
+        graph.key: share
         for graph in loaded if lease.plan.context != "isolated" and (share := heaviness(graph.network)) > 0
     }  # fmt: skip
-    heavy_canaries = load_canaries(backend, heavy_canary(), HEAVY_CANARY_SESSIONS) if heavy else []
+    heavy_canaries = load_canaries(backend, heavy_canary(), HEAVY_CANARY_SESSIONS, "heavy canary") if heavy else []
     twins = _load_twins(backend, loaded)
     progress(f"timing {len(loaded)} graphs")
     watch = backend.watch()
@@ -153,12 +157,9 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     now_ms = sampled.canary_ms(lease.plan.statistic)
     canary_ms = lease.canary_ms or now_ms
     slowness = now_ms / canary_ms
-    heavy_ms = lease.heavy_canary_ms
-    heavy_slowness = 1.0
-    if heavy:
-        heavy_now_ms = sampled.heavy_canary_ms(lease.plan.statistic) / slowness
-        heavy_ms = heavy_ms or heavy_now_ms
-        heavy_slowness = heavy_now_ms / heavy_ms
+    heavy_now_ms = sampled.heavy_canary_ms(lease.plan.statistic) / slowness if heavy else None
+    heavy_ms = lease.heavy_canary_ms or heavy_now_ms
+    heavy_slowness = heavy_now_ms / heavy_ms if heavy_now_ms and heavy_ms else 1.0
     profiles = _profiles(graphs, failures)
     plain = [
         (graph, twin, record)
@@ -171,8 +172,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     )  # fmt: skip
     samples = _samples(graphs, timed, profiles, slowness, profiler_ms, failures, lease.plan)
     if heavy and heavy_ms:
-        weight_ms = _beyond(heavy_slowness - 1, HEAVY_STRAYS) * heavy_ms / heavy_canary().parameters
-        samples = _without_waits(samples, lease, heavy, weight_ms)
+        samples = without_waits(samples, lease, heavy, _beyond(heavy_slowness - 1, HEAVY_STRAYS), heavy_ms)
     samples = _levelled(samples) if profiles else samples
     over_time = sampled.canary_over_time(lease.plan.statistic)
     refusal = refusal or _drift("the canary", slowness, lease.plan) or unsteady(over_time, lease.plan)
@@ -220,7 +220,8 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         facts["profiler_tick_us"] = round(max(ticks_ms) * 1e3, 4)
     if typical is not None:
         facts["known_drift"] = round(typical, 4)
-    if heavy:
+    if heavy and heavy_ms:
+        facts["heavy_canary_reference_ms"] = round(heavy_ms, 6)
         facts["heavy_slowness"] = round(heavy_slowness, 4)
     believed = bool(timed) and refusal is None
     return Report(
@@ -229,7 +230,9 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     )  # fmt: skip
 
 
-def load_canaries(backend: Backend, network: Network | None = None, sessions: int = CANARY_SESSIONS) -> list[Times]:
+def load_canaries(
+    backend: Backend, network: Network | None = None, sessions: int = CANARY_SESSIONS, name: str = "canary"
+) -> list[Times]:
     """Sessions of the canary, or of another network, warmed up: as many as a backend can keep, one where every start is
     dear.
 
@@ -237,11 +240,11 @@ def load_canaries(backend: Backend, network: Network | None = None, sessions: in
     """
 
     def load() -> Times:
-        with _no_canary():
+        with _no_canary(name):
             session = backend.load(network or canary(), profile=False)
 
         def run(runs: int) -> Sequence[float]:
-            with _no_canary():
+            with _no_canary(name):
                 return session.time(runs)
 
         run(CANARY_WARMUP_RUNS)
@@ -251,11 +254,11 @@ def load_canaries(backend: Backend, network: Network | None = None, sessions: in
 
 
 @contextmanager
-def _no_canary() -> Iterator[None]:
+def _no_canary(name: str) -> Iterator[None]:
     try:
         yield
     except (Unsupported, LoadFailed) as error:
-        raise Unreachable(f"the canary does not run on it: {error}") from error
+        raise Unreachable(f"the {name} does not run on it: {error}") from error
 
 
 def _load(
@@ -560,8 +563,8 @@ def believed_drift(
     """The drift that known operators show, from what each takes now over what the table says.
 
     The mean of the logarithms, those far from the middle drawn in: each by how well its carriers agree and by how many
-    of a profiler's ticks it takes (what takes few reads the same at any speed). It is drawn towards none as far as its
-    variance goes beyond what leases differ by anyway (the posterior mean of a normal prior): then the canary is the
+    of a profiler's ticks it takes (what takes few reads the same at any speed). It is drawn towards none by its
+    variance beside that of leases (the posterior mean of a normal prior): where it is uncertain the canary is the
     better guess. None where one operator would speak for all.
     """
     logs = np.log(ratios)
@@ -597,18 +600,23 @@ def _network_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease)
     return drifts
 
 
-def _without_waits(
-    samples: dict[str, list[tuple[Samples, str]]], lease: Lease, heavy: Mapping[str, float], weight_ms: float
-) -> dict[str, list[tuple[Samples, str]]]:
-    """The same samples, without what weights took longer because the memory was busy: `weight_ms` for each at the
-    reference speed, in graphs as heavy as the heavy canary. Each operator or network pays for as many as it has."""
-    records = (*lease.operators, *lease.fillers, *lease.networks, *lease.known_networks)
-    parameters = {record.key: record.parameters for record in records}
+def without_waits(
+    samples: dict[str, list[tuple[Samples, str]]], lease: Lease, heavy: Mapping[str, float], busy: float,
+    heavy_ms: float,
+) -> dict[str, list[tuple[Samples, str]]]:  # fmt: skip
+    """The same samples, without what weights took longer because the memory was busy.
 
-    def rested(one: Samples, key: str, heaviness: float) -> Samples:
-        latency_ms = _value(one)
-        waits_ms = min(heaviness * parameters[key] * weight_ms, latency_ms * MOST_FOR_WEIGHTS)
-        return _slower(one, latency_ms / (latency_ms - waits_ms))
+    `busy` is how much longer the heavy canary took, relatively, than its reference of `heavy_ms`; below zero, it was
+    quieter, and samples are stated as at the reference too. `heavy` says how heavy graphs are, by key. In one as heavy
+    as the canary each of an operator's or network's weights takes as much longer as each of the canary's.
+    """
+    records = (*lease.operators, *lease.fillers, *lease.networks, *lease.known_networks)
+    weight_ms = {record.key: record.parameters * heavy_ms / heavy_canary().parameters for record in records}
+    most = min(MOST_WAITS, FEELS * abs(busy))
+
+    def rested(one: Samples, key: str, share: float) -> Samples:
+        waits = share * busy * weight_ms[key] / _value(one)
+        return _slower(one, 1 / (1 - float(np.clip(waits, -most, most))))
 
     return {
         key: [(rested(one, key, heavy.get(graph, 0.0)), graph) for one, graph in found]
@@ -631,7 +639,7 @@ def carrier_levels(values: Mapping[str, Mapping[str, float]]) -> dict[str, float
     """How slow each carrier is beside the others, 1 on average, from the latencies in ms of every operator in each.
 
     The mean of what its operators take there over what they take in the middle of their carriers, in logarithms, those
-    far off drawn in, each by how many of a profiler's ticks it takes; drawn towards none where these are few. Which
+    far off drawn in, each by how many of a profiler's ticks it takes; drawn towards none where these say little. Which
     memory a runtime gave a carrier, and what else was in the caches then, slows down all of it; a mean over few
     carriers has that in it.
     """
@@ -645,11 +653,14 @@ def carrier_levels(values: Mapping[str, Mapping[str, float]]) -> dict[str, float
     for graph, found_there in ratios.items():
         logs, weights = np.array(found_there).T
         level = float(np.average(np.clip(logs, -UNLIKE, UNLIKE), weights=weights))
-        levels[graph] = level * len(logs) / (len(logs) + ITS_OWN)
+        voices = float(weights.sum() ** 2 / (weights @ weights))
+        levels[graph] = level * voices / (voices + ITS_OWN)
+    if not levels:
+        return {}
     common = fmean(levels.values())
     return {graph: float(np.exp(level - common)) for graph, level in levels.items()}
 
 
-def _slower(samples: Samples, drift: float) -> Samples:
-    """The same samples, taken when the device was slower than its canary said."""
-    return samples.model_copy(update={"slowness": samples.slowness * drift})
+def _slower(samples: Samples, factor: float) -> Samples:
+    """The same samples, said to be taken when what they are of was slower by a factor than they say."""
+    return samples.model_copy(update={"slowness": samples.slowness * factor})

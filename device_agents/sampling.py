@@ -165,9 +165,9 @@ def sample(
 
     A fixed order would let a drift of the device hit some graphs more than others. The canaries are sessions of one
     network and take turns: where a runtime happened to place one in memory matters less; `heavy_canaries` are those of
-    another one. Graphs and canaries are timed
-    with warm caches, so that neither depends on what else is in the lease. `starts` says that each visit starts a tool
-    afresh, which warms up by itself and is dear: the canary then is run as often as a graph.
+    another one. Graphs and canaries are timed with warm caches, so that neither depends on what else is in the lease.
+    `starts` says that each visit starts a tool afresh, which warms up by itself and is dear: the canary then is run as
+    often as a graph.
 
     A graph that fails is timed no more, and the others go on.
     """

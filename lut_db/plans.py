@@ -36,8 +36,8 @@ class Plan(Record):
     Runs of a round follow others that are not counted, until the caches hold what the graph needs.
 
     Refusal: a lease is refused when other processes used more than `load_tolerance` of one core while it was
-    measured, or when the canary was slower than its reference by a factor of more than `1 + drift_tolerance`, or as
-    much faster: so far off, the canary no longer speaks for other graphs. The same goes for what the table knows.
+    measured, or when a canary was slower than its reference by a factor of more than `1 + drift_tolerance`, or as
+    much faster: so far off, it no longer speaks for other graphs. The same goes for what the table knows.
     """
 
     context: Context = "in_context"

@@ -61,7 +61,8 @@ class Lease(Value):
     another added there; those of them that are neither asked for here nor fillers are `neighbours`, which only stand
     beside others in carriers. `mean_parameters` are the weights that an operator has on average in those networks, None
     where none were told. `canary_ms` is the latency of the canary on which the target's tables are based, None until a
-    first report has set it; `heavy_canary_ms` is that of the heavy canary.
+    first report has set it; `heavy_canary_ms` is that of the heavy canary, at the other's reference speed, None until a
+    report of heavy graphs has set it, and for a device on trial.
     """
 
     token: int

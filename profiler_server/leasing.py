@@ -95,12 +95,14 @@ def compose(session: Session, token: int, settings: Settings) -> Lease | None:
     fillers = _fillers(session, record, plan, wanted, settings)
     known: dict[Network, float] = {}
     known_ms: dict[str, float] = {}
-    if record.reference is None:  # a device on trial is not to be brought to the table's speed
+    canary_ms, heavy_canary_ms = queries.read_canaries(session, record.target)
+    if record.reference is not None:  # a device on trial is not to be brought to the table's speed
+        heavy_canary_ms = None
+    else:
         known = _known_networks(session, record, networks, settings)
         known_ms = {workload.key: latency_ms for workload, latency_ms in [*fillers.items(), *known.items()]}
     beside = _beside(session, plan, wanted, fillers)
     left = record.deadline - queries.clock(session)
-    canary_ms, heavy_canary_ms = queries.read_canaries(session, record.target)
     return Lease(
         token=token, device=record.device, target=queries.read_target(session, record.target), plan=plan,
         operators=tuple(wanted), networks=tuple(networks), fillers=tuple(fillers), **beside,
@@ -262,7 +264,7 @@ def settle(session: Session, token: int, report: Report, settings: Settings) -> 
         end(session, [lease], now, "expired")
     if lease.state != "active":
         return ReportOutcome(outcome="late", rows=0)
-    disbelief = _disbelief(session, lease.target, report, said)
+    disbelief = _disbelief(session, lease, report, said)
     if lease.reference is not None:
         _admit(session, lease, lease.reference, said, disbelief, settings)
         lease.state = "reported"
@@ -340,16 +342,18 @@ def _admit(
     )  # fmt: skip
 
 
-def _disbelief(session: Session, target: str, report: Report, said: dict[str, Measurement]) -> Failure | None:
+def _disbelief(session: Session, lease: m.Lease, report: Report, said: dict[str, Measurement]) -> Failure | None:
     """Why the latencies of a report are not believed. The first that are believed base the tables on their canaries."""
     if report.canary_ms is None or all(measurement.failure is not None for measurement in said.values()):
         return None
-    for name, told_ms, heavy in (("canary", report.canary_ms, False), ("heavy canary", report.heavy_canary_ms, True)):
-        if told_ms is None:
+    for name in queries.CANARIES:
+        told_ms = getattr(report, name)
+        if told_ms is None or (name == "heavy_canary_ms" and lease.reference is not None):  # a trial was not told it
             continue
-        holds_ms = queries.base_on_canary(session, target, told_ms, heavy=heavy)
+        holds_ms = queries.base_on_canary(session, lease.target, name, told_ms)
         if not isclose(holds_ms, told_ms, rel_tol=CANARY_TOLERANCE):
-            message = f"scaled to a {name} of {told_ms:.6g} ms; the target's tables are scaled to {holds_ms:.6g} ms"
+            what = name.removesuffix("_ms").replace("_", " ")
+            message = f"scaled to a {what} of {told_ms:.6g} ms; the target's tables are scaled to {holds_ms:.6g} ms"
             return Failure(cause="drift", message=message)
     return None
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal, get_args
 
 from sqlalchemy import (
     ColumnElement,
@@ -120,6 +120,10 @@ def read_target(session: Session, key: str) -> targets.Target:
     return targets.Target.model_validate(record.definition)
 
 
+CanaryName = Literal["canary_ms", "heavy_canary_ms"]
+CANARIES: tuple[CanaryName, ...] = get_args(CanaryName)
+
+
 def read_canaries(session: Session, target: str) -> tuple[float | None, float | None]:
     """The latencies in ms of the canary and of the heavy canary to which a target's tables are scaled, None until a
     report has set it."""
@@ -127,11 +131,11 @@ def read_canaries(session: Session, target: str) -> tuple[float | None, float | 
     return (None, None) if found is None else (found[0], found[1])
 
 
-def base_on_canary(session: Session, target: str, canary_ms: float, *, heavy: bool = False) -> float:
+def base_on_canary(session: Session, target: str, name: CanaryName, canary_ms: float) -> float:
     """Bases a target's tables on this latency of a canary, unless they have one; returns the one that holds."""
-    base = m.Target.heavy_canary_ms if heavy else m.Target.canary_ms
+    base = getattr(m.Target, name)
     unset = update(m.Target).where(m.Target.key == target, base.is_(None))
-    session.execute(unset.values({base: canary_ms}).execution_options(synchronize_session=False))
+    session.execute(unset.values({name: canary_ms}).execution_options(synchronize_session=False))
     return session.execute(select(base).where(m.Target.key == target)).scalar_one() or canary_ms
 
 

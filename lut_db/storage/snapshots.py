@@ -106,10 +106,11 @@ def import_snapshot(session: Session, snapshot: SnapshotFile) -> int:
     """
     target, plan = snapshot.target.key, snapshot.plan.key
     queries.put_targets(session, [snapshot.target])
-    for field, told_ms in (("canary_ms", snapshot.canary_ms), ("heavy_canary_ms", snapshot.heavy_canary_ms)):
+    for field in queries.CANARIES:
+        told_ms = getattr(snapshot, field)
         if told_ms is None:
             continue
-        holds_ms = queries.base_on_canary(session, target, told_ms, heavy=field == "heavy_canary_ms")
+        holds_ms = queries.base_on_canary(session, target, field, told_ms)
         if holds_ms != told_ms:
             raise Conflict(
                 f"the rows are scaled to a canary of {told_ms} ms, this database's to {holds_ms} ms",

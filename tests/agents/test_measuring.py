@@ -12,6 +12,7 @@ import pytest
 from gpus import gpu_backend
 from phones import RunningPhone
 from phones import phone as running_phone
+from tables_kit import TARGET
 
 from device_agents import backends
 from device_agents.backends import LoadFailed, Options, Unprofiled, Unsupported
@@ -23,9 +24,11 @@ from device_agents.measuring import (
     believed_drift,
     carrier_levels,
     measure,
+    without_waits,
 )
 from lut_db.canary import canary, heavy_canary
 from lut_db.errors import InvalidInput
+from lut_db.measurements import Samples
 from lut_db.networks import Network
 from lut_db.operators import (
     KINDS,
@@ -197,7 +200,7 @@ def test_known_operators_tie_a_lease_to_its_table(backend: backends.Backend) -> 
     assert isinstance(drift, float)
     assert isinstance(slowness, float)
     assert 1 < drift < 100, "the table says a tenth of what they take"
-    assert all(found.slowness == pytest.approx(slowness * drift, rel=0.01) for found in measurement.samples)
+    assert all(found.slowness == pytest.approx(slowness * drift, rel=0.05) for found in measurement.samples)
     few = dict(list(tenth_ms.items())[: MIN_KNOWN - 1])
     assert "known_drift" not in measure(backend, asked.model_copy(update={"known_ms": few})).evidence
     other = measure(backend, asked.model_copy(update={"known_ms": dict.fromkeys(tenth_ms, 1e-6)}))
@@ -205,34 +208,70 @@ def test_known_operators_tie_a_lease_to_its_table(backend: backends.Backend) -> 
 
 
 @IN_FP32
-def test_what_a_busy_memory_adds_to_weights_is_left_out(backend: backends.Backend) -> None:
-    """A network that is the heavy canary itself then takes what that takes at its reference, and a light one what it
-    takes."""
-    plan = light(backend, context="whole", carriers=1, drift_tolerance=0.5)
+def test_what_a_busy_memory_adds_to_weights_is_left_out(
+    backend: backends.Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The heavy canary is made to take a fifth longer than its reference: what is as heavy pays for as many weights as
+    it has, what is light does not."""
+    load = backend.load
+    made_up_ms = {canary(): 1.0, heavy_canary(): 3.6}
+
+    class Steady:
+        def __init__(self, loaded: backends.Loaded, took_ms: float) -> None:
+            self.loaded, self.took_ms = loaded, took_ms
+
+        def time(self, runs: int) -> list[float]:
+            return [self.took_ms] * len(self.loaded.time(runs))
+
+    def loading(network: Network, *, profile: bool) -> backends.Loaded:
+        loaded = load(network, profile=profile)
+        return Steady(loaded, made_up_ms[network]) if network in made_up_ms else loaded  # type: ignore[return-value]
+
+    monkeypatch.setattr(backend, "load", loading)
+    plan = light(backend, context="whole", carriers=1)
     small = Network.of(ONE_OF_EACH[0])
-    before = measure(backend, lease(backend, plan, networks=(small,)))
-    assert before.heavy_canary_ms is None
-    assert "heavy_slowness" not in before.evidence
-    first = measure(backend, lease(backend, plan, networks=(heavy_canary(),), canary_ms=before.canary_ms))
-    assert first.heavy_canary_ms is not None
-    assert first.evidence["heavy_slowness"] == 1
-    quiet_ms = first.heavy_canary_ms / 1.2
-    asked = lease(backend, plan, networks=(small, heavy_canary()), canary_ms=before.canary_ms, heavy_canary_ms=quiet_ms)
+    alone = measure(backend, lease(backend, plan, networks=(small,)))
+    assert alone.heavy_canary_ms is None
+    assert "heavy_slowness" not in alone.evidence
+    first = measure(backend, lease(backend, plan, networks=(small, heavy_canary())))
+    assert (first.canary_ms, first.heavy_canary_ms, first.evidence["heavy_slowness"]) == (1.0, 3.6, 1.0)
+    asked = lease(backend, plan, networks=(small, heavy_canary()), canary_ms=1.0, heavy_canary_ms=3.0)
     report = measure(backend, asked)
-    light_one, heavy_one = (measurement.samples for measurement in report.measurements)
-    slowness, heavy_slowness = report.evidence["slowness"], report.evidence["heavy_slowness"]
-    assert report.heavy_canary_ms == quiet_ms
-    assert isinstance(slowness, float)
-    assert isinstance(heavy_slowness, float)
-    assert 1 < heavy_slowness < 1.5
-    assert all(found.slowness == pytest.approx(slowness, abs=1e-3) for found in light_one)
-    waits_ms = (heavy_slowness - 1) * (1 - (HEAVY_STRAYS / (heavy_slowness - 1)) ** 2) * quiet_ms
-    for found in heavy_one:
-        read_ms = float(np.mean([found.samples_ms[number] for number in found.counted])) / slowness
-        assert read_ms * slowness / found.slowness == pytest.approx(read_ms - waits_ms, rel=0.01)
-    far = measure(backend, asked.model_copy(update={"heavy_canary_ms": quiet_ms / 2}))
-    assert {m.failure.cause for m in far.measurements if m.failure} == {"drift"}
+    assert (report.heavy_canary_ms, report.evidence["heavy_slowness"]) == (3.0, 1.2)
+    light_one, heavy_one = report.measurements
+    assert [found.slowness for found in light_one.samples] == [1.0]
+    busy = 0.2 * (1 - (HEAVY_STRAYS / 0.2) ** 2)
+    assert heavy_one.latency_ms == pytest.approx(3.6 - busy * 3.0)
+    strict = plan.model_copy(update={"drift_tolerance": 1.0})
+    far = measure(backend, asked.model_copy(update={"plan": strict, "heavy_canary_ms": 1.2}))
+    failure = far.measurements[0].failure
+    assert failure is not None
+    assert failure.cause == "drift"
+    assert "the heavy canary" in failure.message
     assert far.heavy_canary_ms is None
+
+
+def test_what_waits_are_taken_off() -> None:
+    wide, none = Linear(input=(1, 1024), features=1024), Activate(input=MAP, activation="relu")
+    asked = Lease(
+        token=1, device="here", target=TARGET, plan=Plan(), operators=(wide, none), expires_in_s=60
+    )  # fmt: skip
+    one = Samples(carrier="c", samples_ms=(0.4, 0.5), counted=(0,), slowness=2.0, profiling_ms=0.1)
+    samples = {wide.key: [(one, "heavy"), (one, "half"), (one, "light")], none.key: [(one, "heavy")]}
+
+    def latencies(busy: float) -> list[float]:
+        """Of the wide operator in graphs of three weights, and of the one without weights; 0.15 ms as they are."""
+        rested = without_waits(samples, asked, {"heavy": 1.0, "half": 0.5}, busy, heavy_ms=1.0)
+        return [0.3 / found.slowness for found, _ in (*rested[wide.key], *rested[none.key])]
+
+    waits_ms = 0.1 * wide.parameters / heavy_canary().parameters
+    assert latencies(0.1) == pytest.approx([0.15 - waits_ms, 0.15 - waits_ms / 2, 0.15, 0.15])
+    assert latencies(-0.1) == pytest.approx([0.15 + waits_ms, 0.15 + waits_ms / 2, 0.15, 0.15]), "it was quieter"
+    assert latencies(0.0) == pytest.approx([0.15] * 4)
+    samples = {wide.key: [(one.model_copy(update={"samples_ms": (0.11, 0.5)}), "heavy")], none.key: [(one, "heavy")]}
+    for busy, most in ((0.05, 0.2), (-0.05, -0.2), (0.3, 0.5)):
+        (rested, _), *_ = without_waits(samples, asked, {"heavy": 1.0}, busy, heavy_ms=1.0)[wide.key]
+        assert 0.011 / rested.slowness == pytest.approx(0.011 / 2 * (1 - most)), "a tenth of what was read, at least"
 
 
 def test_a_drift_is_believed_as_far_as_it_is_certain() -> None:
@@ -274,7 +313,7 @@ def test_what_is_common_to_a_carrier_is_told_from_its_operators() -> None:
         rows = [np.mean([ms / levels.get(graph, 1.0) for graph, ms in each.items()]) for each in found]
         return float(np.std(np.log(rows / operators_ms)))
 
-    for noise, share in ((0.0, 0.5), (0.01, 0.9)):
+    for noise, share in ((0.0, 0.6), (0.01, 0.9)):
         found = latencies(noise)
         levels = carrier_levels({str(number): each for number, each in enumerate(found)})
         assert np.mean(np.log(list(levels.values()))) == pytest.approx(0, abs=1e-12)
@@ -282,6 +321,7 @@ def test_what_is_common_to_a_carrier_is_told_from_its_operators() -> None:
     strays = {str(number): each for number, each in enumerate(latencies(0.0))}
     strays["0"] = {graph: ms * (9 if number == 0 else 1) for number, (graph, ms) in enumerate(strays["0"].items())}
     assert max(carrier_levels(strays).values()) < 1.1, "one that strays is not its carrier's"
+    assert carrier_levels({}) == {}
     alone = {"a": 1.0, "b": 1.04, "c": 0.98}
     assert all(abs(level - 1) < 0.01 for level in carrier_levels({"operator": alone}).values()), "its own"
 

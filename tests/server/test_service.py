@@ -637,6 +637,21 @@ def test_a_device_on_trial_is_not_brought_to_the_speed_of_the_table(lab_on_both:
     assert test.known_ms == {}
 
 
+def test_a_device_on_trial_sets_no_reference_and_gets_no_heavy_one(lab_on_both: Lab) -> None:
+    """Memory that another device's memory must be compared with is not to be left out of what tests it."""
+    lab = lab_on_both
+    test = trial_of(lab, "second", 4)
+    told = [measured(operator.key) for operator in test.operators]
+    assert lab.report(test.token, *told, heavy_canary_ms=9.0).outcome == "accepted"
+    assert lab.device("second").agreement == {TARGET.key: 1.0}
+    waiting = lab.must_lease("second", max_operators=1)
+    assert (waiting.canary_ms, waiting.heavy_canary_ms) == (0.2, None)
+    assert lab.report(waiting.token, measured(waiting.operators[0].key), heavy_canary_ms=1.0).rows == 1
+    assert trial_of(lab, "third", 6).heavy_canary_ms is None
+    lab.lookup(lab.pin().id, convs(1, start=9))
+    assert lab.must_lease("second", max_operators=1).heavy_canary_ms == 1.0
+
+
 def test_a_device_that_disagrees_is_kept_out_with_the_figures(lab_on_both: Lab) -> None:
     lab = lab_on_both
     test = trial_of(lab, "odd", 4)

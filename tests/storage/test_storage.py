@@ -274,8 +274,8 @@ def test_a_snapshot_goes_to_a_file_and_into_another_database(database: Database,
         new = [queries.NewRow(measured(key, 0.125), "bench", None, evidence, now) for key in keys[:2]]
         new.append(queries.NewRow(failed(keys[2], "unsupported"), "bench", None, evidence, now))
         queries.append_rows(session, TARGET.key, PLAN.key, new)
-        queries.base_on_canary(session, TARGET.key, 0.25)
-        queries.base_on_canary(session, TARGET.key, 1.5, heavy=True)
+        queries.base_on_canary(session, TARGET.key, "canary_ms", 0.25)
+        queries.base_on_canary(session, TARGET.key, "heavy_canary_ms", 1.5)
         pin = queries.open_pin(session, TARGET.key, PLAN.key, now)
         queries.freeze_rows(session, pin, keys)
         queries.seal_pin(session, pin)
