@@ -137,7 +137,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         graph.key: share
         for graph in loaded if lease.plan.context != "isolated" and (share := heaviness(graph.network)) > 0
     }  # fmt: skip
-    heavy_canaries = load_canaries(backend, heavy_canary(), HEAVY_CANARY_SESSIONS, "heavy canary") if heavy else []
+    heavy_canaries = load_canaries(backend, heavy=True) if heavy else []
     twins = _load_twins(backend, loaded)
     progress(f"timing {len(loaded)} graphs")
     watch = backend.watch()
@@ -230,18 +230,19 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     )  # fmt: skip
 
 
-def load_canaries(
-    backend: Backend, network: Network | None = None, sessions: int = CANARY_SESSIONS, name: str = "canary"
-) -> list[Times]:
-    """Sessions of the canary, or of another network, warmed up: as many as a backend can keep, one where every start is
+def load_canaries(backend: Backend, *, heavy: bool = False) -> list[Times]:
+    """Sessions of the canary, or of the heavy one, warmed up: as many as a backend can keep, one where every start is
     dear.
 
     A device on which not even the canary runs, now or later, says nothing of any operator: Unreachable.
     """
+    network = heavy_canary() if heavy else canary()
+    name = "heavy canary" if heavy else "canary"
+    sessions = HEAVY_CANARY_SESSIONS if heavy else CANARY_SESSIONS
 
     def load() -> Times:
         with _no_canary(name):
-            session = backend.load(network or canary(), profile=False)
+            session = backend.load(network, profile=False)
 
         def run(runs: int) -> Sequence[float]:
             with _no_canary(name):
