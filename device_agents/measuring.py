@@ -12,7 +12,7 @@ from math import prod, sqrt
 from statistics import fmean
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from device_agents import energy
 from device_agents.backends import Backend, Loaded, LoadFailed, NodeTimes, Unprofiled, Unreachable, Unsupported
@@ -569,7 +569,7 @@ def believed_drift(
     better guess. None where one operator would speak for all.
     """
     logs = np.log(ratios)
-    weights = 1 / ((CERTAIN + spreads) ** 2 + (TICK_MS / known_ms) ** 2)
+    weights = _weights(known_ms, spreads)
     weights /= weights.sum()
     share = float(weights @ weights)
     if share > 1 / MIN_VOICES:
@@ -582,6 +582,11 @@ def believed_drift(
     drift = float(weights @ logs)
     variance = float(weights @ (logs - drift) ** 2) * share / (1 - share) / near**2
     return float(np.exp(drift * LEASES_DIFFER**2 / (LEASES_DIFFER**2 + variance)))
+
+
+def _weights(latency_ms: ArrayLike, spread: ArrayLike = 0.0) -> NDArray[np.float64]:
+    """How much latencies say of a speed, by how well their carriers agree and by how many ticks they take."""
+    return 1 / ((CERTAIN + np.asarray(spread)) ** 2 + (TICK_MS / np.asarray(latency_ms)) ** 2)
 
 
 def _network_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> dict[str, float]:
@@ -647,7 +652,7 @@ def carrier_levels(values: Mapping[str, Mapping[str, float]]) -> dict[str, float
     ratios: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for found in values.values():
         middle_ms = statistic(list(found.values()), "interquartile_mean")
-        weight = 1 / (CERTAIN**2 + (TICK_MS / middle_ms) ** 2)
+        weight = float(_weights(middle_ms))
         for graph, value_ms in found.items():
             ratios[graph].append((np.log(value_ms / middle_ms), weight))
     levels = {}

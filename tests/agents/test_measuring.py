@@ -253,9 +253,7 @@ def test_what_a_busy_memory_adds_to_weights_is_left_out(
 
 def test_what_waits_are_taken_off() -> None:
     wide, none = Linear(input=(1, 1024), features=1024), Activate(input=MAP, activation="relu")
-    asked = Lease(
-        token=1, device="here", target=TARGET, plan=Plan(), operators=(wide, none), expires_in_s=60
-    )  # fmt: skip
+    asked = Lease(token=1, device="here", target=TARGET, plan=Plan(), operators=(wide, none), expires_in_s=60)
     one = Samples(carrier="c", samples_ms=(0.4, 0.5), counted=(0,), slowness=2.0, profiling_ms=0.1)
     samples = {wide.key: [(one, "heavy"), (one, "half"), (one, "light")], none.key: [(one, "heavy")]}
 

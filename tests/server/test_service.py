@@ -466,9 +466,7 @@ def test_a_report_scaled_to_another_heavy_canary_is_not_believed(lab_on_both: La
         lease = lab.must_lease(max_operators=1, wait_s=30.0)
         told.append((lease.canary_ms, lease.heavy_canary_ms))
         keys = [operator.key for operator in lease.operators]
-        return lab.report(
-            lease.token, *map(measured, keys), canary_ms=canary_ms, heavy_canary_ms=heavy_canary_ms
-        )  # fmt: skip
+        return lab.report(lease.token, *map(measured, keys), canary_ms=canary_ms, heavy_canary_ms=heavy_canary_ms)
 
     told: list[tuple[float | None, float | None]] = []
     assert tell(0.2, None).rows == 1
