@@ -40,7 +40,7 @@ TEST_NETWORKS = 40
 CALIBRATION_NETWORKS = 24
 QUICK = (112,), 3, 5
 QUICK_FAMILIES = 2
-PATIENCE_S = 600.0
+PATIENCE_S = 1800.0
 CONTEXTS = {"in_context": IN_CONTEXT, "isolated": Plan(context="isolated", carriers=1)}
 FORMATS = {
     "ratio": "{:.3f}", "rank": "{:.4f}", "mean_error": "{:.2%}", "max_error": "{:.2%}",

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from device_agents.backends import Backend
-from device_agents.measuring import STOPS, load_canaries, unsteady
+from device_agents.measuring import PATIENCE_S, STOPS, load_canaries, unsteady
 from device_agents.sampling import half_width, sample, statistic
 from lut_db.errors import MeasurementRefused
 from lut_db.measurements import Evidence, Stop
@@ -64,12 +64,9 @@ def bench_file(
     loaded = [backend.load(model, profile=False) for _ in range(sessions)]
     watch = backend.watch()
     sampled = sample(
-        [session.time for session in loaded],
-        canaries,
-        plan,
-        plan.seed,
-        starts=backend.starts,
-    )
+        [session.time for session in loaded], canaries, plan, plan.seed, starts=backend.starts,
+        patience_s=PATIENCE_S,
+    )  # fmt: skip
     timed = sampled.graphs
     for record in timed:
         if record.failure is not None:

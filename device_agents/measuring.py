@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from math import prod, sqrt
+from math import inf, prod, sqrt
 from statistics import fmean
 
 import numpy as np
@@ -84,6 +84,9 @@ weights fastest were seen to feel it three times as much."""
 MOST_WAITS = 1 / 2
 """The largest share of a latency that is said to be what a busy memory adds."""
 
+PATIENCE_S = 30.0
+"""How long a disturbed device is waited for in a lease: a lease that is refused has cost about as much."""
+
 UNSTEADY = 1 / 3
 """Share of the drift tolerance by which a device may change its speed while it is measured."""
 
@@ -143,7 +146,8 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     watch = backend.watch()
     sampled = sample(
         [*(graph.loaded.time for graph in loaded), *(twin.time for _, twin in twins)], canaries, lease.plan,
-        lease.token, heavy_canaries=heavy_canaries, starts=backend.starts,
+        lease.token, heavy_canaries=heavy_canaries, starts=backend.starts, patience_s=PATIENCE_S,
+        slowest_ms=lease.canary_ms * (1 + lease.plan.drift_tolerance) if lease.canary_ms else inf,
     )  # fmt: skip
     seen, refusal = watch.read(lease.plan)
 
@@ -210,6 +214,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         "slowness": round(slowness, 4),
         "slowness_5_95": [round(float(q) / canary_ms, 4) for q in np.percentile(all_canaries, (5, 95))],
         "slowness_over_time": [round(part_ms / canary_ms, 4) for part_ms in over_time],
+        "disturbed_s": round(sampled.disturbed_s, 3),
         "profiler_cost_us": round(profiler_ms * 1e3, 4),
         "energy": counted,
         "graphs": len(loaded),

@@ -6,9 +6,8 @@ import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import pairwise
-from math import ceil, floor, sqrt
+from math import ceil, floor, inf, sqrt
 from statistics import fmean
 
 import numpy as np
@@ -23,9 +22,9 @@ WAKE_RUNS = 4
 """Runs of a graph, at each visit, that are not counted: what ran before has filled the caches, and it takes three or
 four runs until they hold the graph's weights and maps again. The first run takes up to half as long again."""
 
-CANARY_WAKE_RUNS = 6
+CANARY_WAKE_RUNS = 4
 CANARY_RUNS = 4
-LOOK_S = 0.02
+LOOK_S = 0.05
 """Where graphs are small, the canary is not looked at more often than this."""
 HEAVY_EVERY = 2
 """The heavy canary, which takes about as long as what it is run beside, is looked at with every second look."""
@@ -35,6 +34,13 @@ PARTS = 4
 LATENCIES_OF_A_PART = 20
 """Into how many parts the time of a lease is cut, each with so many latencies of the canary at least, to see whether
 the device kept its speed."""
+DISTURBED = 1 / 3
+"""Share of the drift tolerance by which a look at the canary may be slower than the fastest ones: graphs feel what
+disturbs a device more than the canary does, or less."""
+
+WAIT_S = 0.05
+"""From one look at a disturbed device to the next."""
+
 SETTLED_VISITS = 3
 SETTLED_GAIN = 0.02
 """Relative narrowing of the interval over that many visits below which more runs are no use."""
@@ -81,22 +87,62 @@ def half_width(samples: ArrayLike, name: Statistic) -> float:
     return float(Z95 * winsorised.std(ddof=1) / (len(part) / count * sqrt(count)))
 
 
+@dataclass(frozen=True)
+class Visit:
+    """Runs of one graph in a row. A tool that tells only means makes more `runs` than it tells latencies."""
+
+    times_ms: Sequence[float]
+    first: int
+    """Which latency of the graph the first one is, counted from its loading: its profile has the others too."""
+    runs: int
+    seconds: float
+    look: int = 0
+    """The last look at the canary before."""
+
+
 @dataclass
 class Timed:
-    """The latencies of one graph. `done` counts the timed runs, which can be more where a tool tells only means."""
+    """The visits of one graph that count."""
 
-    times_ms: list[float] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    """Which latencies of the graph, counted from its loading, these are: its profile has the others too."""
+    visits: list[Visit] = field(default_factory=list)
     count: int = 0
-    done: int = 0
-    seconds: float = 0.0
+    """All latencies from its loading on."""
     run_ms: float = 0.0
     """What a run took of late; 0 where it has not been run."""
     stop: Stop | None = None
     widths: list[float] = field(default_factory=list)
+    """The relative half-width after each visit."""
     failure: Unsupported | LoadFailed | None = None
     """Why it could not be timed to the end."""
+
+    @property
+    def times_ms(self) -> list[float]:
+        return [latency_ms for visit in self.visits for latency_ms in visit.times_ms]
+
+    @property
+    def positions(self) -> list[int]:
+        """Which latencies of the graph these are, counted from its loading."""
+        return [visit.first + number for visit in self.visits for number in range(len(visit.times_ms))]
+
+    @property
+    def done(self) -> int:
+        return sum(visit.runs for visit in self.visits)
+
+    @property
+    def seconds(self) -> float:
+        return sum(visit.seconds for visit in self.visits)
+
+    def add(self, visit: Visit, plan: Plan) -> None:
+        self.visits.append(visit)
+        times_ms = self.times_ms
+        self.widths.append(half_width(times_ms, plan.statistic) / statistic(times_ms, plan.statistic))
+        self.stop = decide(self, plan)
+
+    def keep(self, visits: Iterable[Visit], plan: Plan) -> None:
+        """Counts only these."""
+        self.visits, self.widths, self.stop = [], [], None
+        for visit in visits:
+            self.add(visit, plan)
 
 
 Look = tuple[int, list[float]]
@@ -106,11 +152,12 @@ Look = tuple[int, list[float]]
 @dataclass
 class Sampled:
     """What `sample` saw: every graph's latencies, and those of the canaries, taken all the while, in the order of
-    time."""
+    time. While `disturbed_s` passed the device was disturbed, and nothing from then is here."""
 
     graphs: list[Timed]
     looks: list[Look]
     heavy_looks: list[Look] = field(default_factory=list)
+    disturbed_s: float = 0.0
 
     def canary_over_time(self, name: Statistic) -> list[float]:
         """The canary's latency in successive parts of the time, each of so many latencies that noise does not show."""
@@ -159,7 +206,7 @@ Times = Callable[[int], Sequence[float]]
 
 def sample(
     graphs: Sequence[Times], canaries: Sequence[Times], plan: Plan, seed: int, *, heavy_canaries: Sequence[Times] = (),
-    starts: bool = False,
+    starts: bool = False, slowest_ms: float = inf, patience_s: float = 0.0,
 ) -> Sampled:  # fmt: skip
     """Times every graph under the plan, in rounds of random order, with a canary at the start, between and at the end.
 
@@ -169,72 +216,126 @@ def sample(
     `starts` says that each visit starts a tool afresh, which warms up by itself and is dear: the canary then is run as
     often as a graph.
 
+    A device is disturbed where looks at the canary take longer than the fastest of them, by a share of the plan's
+    `drift_tolerance`, or than `slowest_ms`, twice or more in a row. What was timed beside such looks is not counted,
+    and it is looked again until the device is quiet; but not longer than `patience_s` in all: then everything counts.
+
     A graph that fails is timed no more, and the others go on.
     """
-    rng = random.Random(seed)
-    timed = [Timed() for _ in graphs]
-    looks: list[Look] = []
-    heavy_looks: list[Look] = []
-    looked: float | None = None
+    course = _Course(graphs, canaries, heavy_canaries, plan, seed, starts, slowest_ms, patience_s)
+    course.run()
+    return course.sampled()
 
-    def look(*, often: bool = True) -> None:
-        nonlocal looked
-        passed_s = 0.0 if looked is None else time.perf_counter() - looked
-        if not often and looked is not None and passed_s < LOOK_S:
+
+class _Course:
+    """The course of sampling. Looks at the canary divide it into stretches, numbered by the look before each."""
+
+    def __init__(
+        self, graphs: Sequence[Times], canaries: Sequence[Times], heavy_canaries: Sequence[Times], plan: Plan,
+        seed: int, starts: bool, slowest_ms: float, patience_s: float,
+    ):  # fmt: skip
+        self.graphs, self.canaries, self.heavy_canaries = graphs, canaries, heavy_canaries
+        self.plan, self.starts, self.slowest_ms, self.patience_s = plan, starts, slowest_ms, patience_s
+        self.rng = random.Random(seed)
+        self.timed = [Timed() for _ in graphs]
+        self.looks: list[Look] = []
+        self.looked: list[float] = []
+        self.heavy_looks: list[tuple[int, Look]] = []
+        self.quiet: dict[int, float] = {}
+        """The latencies that looks show, but for those of a disturbed device."""
+        self.lost: set[int] = set()
+        """Stretches beside such a look."""
+
+    def run(self) -> None:
+        if self.plan.warmup_runs:
+            for number in range(len(self.graphs)):
+                self._run(number, self._warm_up)
+        while True:
+            open_graphs = self._open()
+            self.rng.shuffle(open_graphs)
+            for number in open_graphs:
+                self._look(often=self.starts)
+                self._run(number, self._visit)
+            if not self._open():
+                self._look()
+                if not self._open():
+                    break
+
+    def sampled(self) -> Sampled:
+        return Sampled(self.timed, [self.looks[number] for number in self.quiet], self._heavy(), self._disturbed_s())
+
+    def _open(self) -> list[int]:
+        return [number for number, record in enumerate(self.timed) if record.stop is None and record.failure is None]
+
+    def _look(self, *, often: bool = True) -> None:
+        """Looks at the canaries, until the device is quiet or patience at its end."""
+        passed_s = time.perf_counter() - self.looked[-1] if self.looked else 0.0
+        if not often and self.looked and passed_s < LOOK_S:
             return
-        runs = plan.round_runs if starts else CANARY_RUNS * max(1, min(MOST_LOOKS, int(passed_s)))
-        if heavy_canaries and len(looks) % HEAVY_EVERY == 0:
-            heavy_looks.append(look_at(heavy_canaries, WAKE_RUNS, runs))
-        looks.append(look_at(canaries, CANARY_WAKE_RUNS, runs))
-        looked = time.perf_counter()
+        runs = self.plan.round_runs if self.starts else CANARY_RUNS * max(1, min(MOST_LOOKS, int(passed_s)))
+        while True:
+            self.looks.append(self._look_at(self.canaries, CANARY_WAKE_RUNS, runs))
+            self.looked.append(time.perf_counter())
+            if not self._disturbed():
+                break
+            time.sleep(WAIT_S)
+        if self.heavy_canaries and HEAVY_EVERY * len(self._heavy()) < len(self.quiet):
+            self.heavy_looks.append((len(self.looks) - 1, self._look_at(self.heavy_canaries, WAKE_RUNS, runs)))
 
-    def look_at(sessions: Sequence[Times], wake_runs: int, runs: int) -> Look:
-        number = rng.randrange(len(sessions))
-        if not starts:
+    def _look_at(self, sessions: Sequence[Times], wake_runs: int, runs: int) -> Look:
+        number = self.rng.randrange(len(sessions))
+        if not self.starts:
             sessions[number](wake_runs)
         return number, list(sessions[number](runs))
 
-    def run(number: int, visit: Callable[[Times, Timed], None]) -> None:
+    def _disturbed(self) -> bool:
+        """Whether the last look was slow. Takes back what stands beside two or more slow looks in a row, these or older
+        ones that were not yet known to be slow; one alone is no more than the statistic leaves out anyway."""
+        last = len(self.looks) - 1
+        self.quiet[last] = statistic(self.looks[-1][1], self.plan.statistic)
+        if self._disturbed_s() >= self.patience_s:
+            return False
+        fastest_ms = statistic(list(self.quiet.values()), "fastest_fifth")
+        limit_ms = min((1 + DISTURBED * self.plan.drift_tolerance) * fastest_ms, self.slowest_ms)
+        slow = {number for number in range(len(self.looks)) if self.quiet.get(number, inf) > limit_ms}
+        found = [number for number in slow if number in self.quiet and slow & {number - 1, number + 1}]
+        for number in found:
+            del self.quiet[number]
+            self.lost |= {number - 1, number}
+        for record in self.timed:
+            if any(visit.look in self.lost for visit in record.visits):
+                record.keep([visit for visit in record.visits if visit.look not in self.lost], self.plan)
+        return last in slow
+
+    def _heavy(self) -> list[Look]:
+        return [look for stretch, look in self.heavy_looks if stretch not in self.lost]
+
+    def _disturbed_s(self) -> float:
+        return sum(
+            self.looked[number + 1] - self.looked[number] for number in self.lost if 0 <= number < len(self.looked) - 1
+        )
+
+    def _run(self, number: int, how: Callable[[Times, Timed], None]) -> None:
         try:
-            visit(graphs[number], timed[number])
+            how(self.graphs[number], self.timed[number])
         except (Unsupported, LoadFailed) as error:
-            timed[number].failure = error
+            self.timed[number].failure = error
 
-    def still_open() -> list[int]:
-        return [number for number, record in enumerate(timed) if record.stop is None and record.failure is None]
+    def _warm_up(self, graph: Times, timed: Timed) -> None:
+        times_ms = graph(self.plan.warmup_runs)
+        timed.count = len(times_ms)
+        timed.run_ms = fmean(times_ms)
 
-    if plan.warmup_runs:
-        for number in range(len(graphs)):
-            run(number, partial(_warm_up, plan))
-    while open_graphs := still_open():
-        rng.shuffle(open_graphs)
-        for number in open_graphs:
-            look(often=starts)
-            run(number, partial(_visit, plan, 0 if starts else WAKE_RUNS))
-    look()
-    return Sampled(timed, looks, heavy_looks)
-
-
-def _warm_up(plan: Plan, graph: Times, timed: Timed) -> None:
-    times_ms = graph(plan.warmup_runs)
-    timed.count = len(times_ms)
-    timed.run_ms = fmean(times_ms)
-
-
-def _visit(plan: Plan, wake_runs: int, graph: Times, timed: Timed) -> None:
-    begin = time.perf_counter()
-    # What takes seconds a run does not take more than its time in one visit.
-    left_ms = 1e3 * (plan.max_seconds - timed.seconds)
-    share = min(1.0, left_ms / (timed.run_ms * (wake_runs + plan.round_runs))) if timed.run_ms else 1.0
-    runs, wake_runs = max(1, int(plan.round_runs * share)), int(wake_runs * share)
-    if wake_runs:
-        timed.count += len(graph(wake_runs))
-    times_ms = graph(runs)
-    timed.times_ms.extend(times_ms)
-    timed.positions.extend(range(timed.count, timed.count + len(times_ms)))
-    timed.count += len(times_ms)
-    timed.done += runs
-    timed.run_ms = fmean(times_ms)
-    timed.seconds += time.perf_counter() - begin
-    timed.widths.append(half_width(timed.times_ms, plan.statistic) / statistic(timed.times_ms, plan.statistic))
-    timed.stop = decide(timed, plan)
+    def _visit(self, graph: Times, timed: Timed) -> None:
+        plan, wake_runs = self.plan, 0 if self.starts else WAKE_RUNS
+        begin = time.perf_counter()
+        # What takes seconds a run does not take more than its time in one visit.
+        left_ms = 1e3 * (plan.max_seconds - timed.seconds)
+        share = min(1.0, left_ms / (timed.run_ms * (wake_runs + plan.round_runs))) if timed.run_ms else 1.0
+        runs, wake_runs = max(1, int(plan.round_runs * share)), int(wake_runs * share)
+        if wake_runs:
+            timed.count += len(graph(wake_runs))
+        times_ms = graph(runs)
+        first, timed.count = timed.count, timed.count + len(times_ms)
+        timed.run_ms = fmean(times_ms)
+        timed.add(Visit(times_ms, first, runs, time.perf_counter() - begin, len(self.looks) - 1), plan)

@@ -15,7 +15,7 @@ from device_agents import backends
 from device_agents.backends import Options, Unsupported, cpu_litert
 from device_agents.packing import pack
 from device_agents.xnnpack import attribute
-from lut_db.canary import canary
+from lut_db.canary import canary, heavy_canary
 from lut_db.errors import InvalidInput
 from lut_db.lowering.tflite import ModelOperator, model_operators, to_tflite
 from lut_db.lowering.torch import to_torch
@@ -139,14 +139,14 @@ def test_the_profile_of_a_searched_network_can_be_read(backend: backends.Backend
 
 
 def names_of(operators: list[ModelOperator]) -> list[str]:
-    """What XNNPACK says that it ran of the canary's first block."""
+    """What XNNPACK says that it ran of the heavy canary's first block."""
     known = {"CONV_2D": "Fully Connected (NC, F32) GEMM", "DEPTHWISE_CONV_2D": "Convolution (NHWC, F32) DWConv",
              "HARD_SWISH": "HardSwish (NC)", "MEAN": "Mean (ND) Reduce2", "MUL": "Multiply (ND)"}  # fmt: skip
     return [known[operator.code] for operator in operators if operator.code != "PAD"]
 
 
 def test_what_does_not_match_is_refused() -> None:
-    operators = model_operators(to_tflite(canary()), canary())[:9]
+    operators = model_operators(to_tflite(heavy_canary()), heavy_canary())[:9]
     names = names_of(operators)
     assert [operator.owner for operator, _ in attribute(names, operators)] == [0, 0, 1, 2, 2, 2, 2, 2]
     with pytest.raises(Unsupported, match="Softmax"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby
+from math import inf
 from typing import get_args
 
 import numpy as np
@@ -17,6 +18,7 @@ from device_agents.sampling import (
     CANARY_WAKE_RUNS,
     WAKE_RUNS,
     Timed,
+    Visit,
     chosen,
     decide,
     half_width,
@@ -65,7 +67,7 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(name: str) -> None:
 
 
 def timed(runs: int, *widths: float, seconds: float = 0.0) -> Timed:
-    return Timed(times_ms=[1.0] * runs, done=runs, seconds=seconds, widths=list(widths))
+    return Timed([Visit([1.0] * runs, 0, runs, seconds)] if runs else [], widths=list(widths))
 
 
 def test_why_sampling_stops() -> None:
@@ -211,3 +213,115 @@ def test_a_tool_that_tells_means_is_run_in_rounds() -> None:
     assert record.positions == [1, 2, 3, 4], "the first latency was the warm-up's"
     assert sum(len(times_ms) for _, times_ms in sampled.looks) == 25
     assert sampled.canary_ms("median") == 2.0
+
+
+class Disturbed:
+    """A device on which everything takes half as long again in some spells, and the clock that its runs move on."""
+
+    def __init__(self, spells: list[tuple[float, float]], monkeypatch: pytest.MonkeyPatch) -> None:
+        self.spells = spells
+        self.now = 0.0
+        monkeypatch.setattr(sampling.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(sampling.time, "sleep", self.sleep)
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def graph(self, latency_ms: float, told: list[float]):
+        def time(runs: int) -> list[float]:
+            for _ in range(runs):
+                disturbed = any(begin <= self.now < end for begin, end in self.spells)
+                told.append(latency_ms * (1.5 if disturbed else 1.0))
+                self.now += told[-1] / 1e3
+            return told[-runs:]
+
+        return time
+
+
+SPELLS_PLAN = Plan(
+    warmup_runs=2, round_runs=8, min_runs=40, settle_runs=40, max_runs=40, statistic="interquartile_mean"
+)
+
+
+def test_nothing_that_was_timed_while_the_device_was_disturbed_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    spells = [(0.3, 0.5), (0.9, 2.4)]
+    device = Disturbed(spells, monkeypatch)
+    runs: list[list[float]] = [[], []]
+    graphs = [device.graph(3.0, runs[0]), device.graph(7.0, runs[1])]
+    sampled = sample(graphs, [device.graph(2.0, [])], SPELLS_PLAN, seed=0, patience_s=60.0)
+    assert 1.6 < sampled.disturbed_s < 2.5
+    for record, latency_ms, told in zip(sampled.graphs, (3.0, 7.0), runs, strict=True):
+        assert record.times_ms == [latency_ms] * 40
+        assert [told[position] for position in record.positions] == record.times_ms, "its profile has all of its runs"
+        assert record.stop is not None
+    assert {latency for _, times_ms in sampled.looks for latency in times_ms} == {2.0}
+
+
+def test_a_device_is_waited_for_until_it_is_as_quiet_as_it_was_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Disturbed([(0.0, 1.0)], monkeypatch)
+    sampled = sample(
+        [device.graph(3.0, [])], [device.graph(2.0, [])], SPELLS_PLAN, seed=0, slowest_ms=2.6, patience_s=9.0
+    )
+    assert sampled.graphs[0].times_ms == [3.0] * 40
+    assert sampled.disturbed_s == pytest.approx(1.0, abs=0.1)
+
+
+@given(
+    st.lists(st.tuples(st.floats(0, 5), st.floats(0, 2)), max_size=6), st.floats(0, 3), st.integers(0, 3),
+    st.sampled_from([inf, 2.6]),
+)  # fmt: skip
+def test_patience_ends_and_sampling_with_it(
+    spells: list[tuple[float, float]], patience_s: float, seed: int, slowest_ms: float
+) -> None:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        device = Disturbed([(begin, begin + length) for begin, length in spells], monkeypatch)
+        told: list[list[float]] = [[], []]
+        graphs = [device.graph(latency_ms, runs) for latency_ms, runs in zip((3.0, 7.0), told, strict=True)]
+        canary = device.graph(2.0, [])
+        sampled = sample(graphs, [canary], SPELLS_PLAN, seed, slowest_ms=slowest_ms, patience_s=patience_s)
+        once_s = 1.5e-3 * (5 * (WAKE_RUNS + 8) * (3 + 7) + 11 * (CANARY_WAKE_RUNS + CANARY_RUNS) * 2)
+        assert sampled.disturbed_s <= patience_s + once_s + 0.1, "the last to be taken back is all of it, at most"
+        for record, runs in zip(sampled.graphs, told, strict=True):
+            assert record.done == len(record.times_ms) == 40
+            assert [runs[position] for position in record.positions] == record.times_ms
+        if patience_s == 0:
+            assert sampled.disturbed_s == 0
+            assert len(told[0]) == 2 + 5 * (WAKE_RUNS + 8)
+
+
+def test_where_any_speed_will_do_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Disturbed([(0.0, 1e9)], monkeypatch)
+    plan = SPELLS_PLAN.model_copy(update={"drift_tolerance": 50.0})
+    sampled = sample([device.graph(3.0, [])], [device.graph(2.0, [])], plan, seed=0, patience_s=60.0)
+    assert sampled.disturbed_s == 0
+
+
+def test_what_was_timed_before_the_device_got_quiet_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Disturbed([(0.0, 0.4)], monkeypatch)
+    graphs = [device.graph(latency_ms, []) for latency_ms in (3.0, 7.0)]
+    sampled = sample(graphs, [device.graph(2.0, [])], SPELLS_PLAN, seed=0, patience_s=60.0)
+    assert [set(record.times_ms) for record in sampled.graphs] == [{3.0}, {7.0}]
+    assert [record.done for record in sampled.graphs] == [40, 40]
+    assert sampled.disturbed_s == pytest.approx(0.4, abs=0.1)
+
+
+def test_one_slow_look_takes_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Disturbed([], monkeypatch)
+    told: list[float] = []
+    canary = device.graph(2.0, [])
+    looks: list[list[float]] = []
+
+    def time(runs: int) -> list[float]:
+        slow = len(looks) == 2 * 2 + 1  # the third look, after its runs that are not counted
+        looks.append([3.0] * runs if slow else canary(runs))
+        return looks[-1]
+
+    sampled = sample([device.graph(3.0, told)], [time], SPELLS_PLAN, seed=0, patience_s=60.0)
+    assert [3.0] * CANARY_RUNS in looks
+    assert sampled.disturbed_s == 0
+    assert len(told) == 2 + 5 * (WAKE_RUNS + 8)
+
+
+def test_the_canary_is_looked_at_without_any_graph() -> None:
+    sampled = sample([], [recording([], "canary")], Plan(), seed=0)
+    assert sampled.canary_ms("median") == 1.0
