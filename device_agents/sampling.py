@@ -302,7 +302,7 @@ class _Course:
         for number in found:
             del self.quiet[number]
             self.lost |= {number - 1, number}
-        for record in self.timed:
+        for record in self.timed if found else ():
             if any(visit.look in self.lost for visit in record.visits):
                 record.keep([visit for visit in record.visits if visit.look not in self.lost], self.plan)
         return last in slow

@@ -12,6 +12,7 @@ on each weight more is shown by the heavy canary, beside them alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 from lut_db.networks import Network, NetworkBuilder
@@ -19,9 +20,8 @@ from lut_db.operators import Convolution, GlobalPool, Linear, SqueezeExcite, sam
 
 STEM = 16
 BLOCKS = ((16, 2), (24, 2), (40, 1), (48, 2), (48, 1), (96, 2), (96, 1), *[(160, 1)] * 3, *[(192, 1)] * 3)
+HEAVY_BLOCKS = ((64, 2), (128, 2), *[(256, 1)] * 5)
 """The width and the stride of each block."""
-
-HEAVY_BLOCKS = 5
 
 
 @cache
@@ -33,10 +33,7 @@ def canary() -> Network:
         input=build.shape(tensor), filters=STEM, kernel=(3, 3), stride=(2, 2), padding=same_padding(3),
         activation="hard_swish",
     )  # fmt: skip
-    tensor = build.add(stem, tensor)
-    for filters, stride in BLOCKS:
-        tensor = _block(build, tensor, filters, stride)
-    tensor = build.add(GlobalPool(input=build.shape(tensor)), tensor)
+    tensor = _pooled_blocks(build, build.add(stem, tensor), BLOCKS)
     return build.network(build.add(Linear(input=build.shape(tensor), features=1000), tensor))
 
 
@@ -44,10 +41,7 @@ def canary() -> Network:
 def heavy_canary() -> Network:
     """About 120 million multiply-accumulates and 5 million parameters, as mobile networks for ImageNet have."""
     build = NetworkBuilder()
-    tensor = build.input((1, 32, 28, 28))
-    for filters, stride in ((64, 2), (128, 2), *[(256, 1)] * HEAVY_BLOCKS):
-        tensor = _block(build, tensor, filters, stride)
-    tensor = build.add(GlobalPool(input=build.shape(tensor)), tensor)
+    tensor = _pooled_blocks(build, build.input((1, 32, 28, 28)), HEAVY_BLOCKS)
     return build.network(build.add(Linear(input=build.shape(tensor), features=1024, activation="relu"), tensor))
 
 
@@ -56,6 +50,12 @@ def heaviness(network: Network) -> float:
     all with as many as the heavy canary has or more."""
     light, heavy = canary().parameters, heavy_canary().parameters
     return min(1.0, max(0.0, (network.parameters - light) / (heavy - light)))
+
+
+def _pooled_blocks(build: NetworkBuilder, tensor: int, blocks: Sequence[tuple[int, int]]) -> int:
+    for filters, stride in blocks:
+        tensor = _block(build, tensor, filters, stride)
+    return build.add(GlobalPool(input=build.shape(tensor)), tensor)
 
 
 def _block(build: NetworkBuilder, tensor: int, filters: int, stride: int) -> int:

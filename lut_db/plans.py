@@ -32,7 +32,8 @@ class Plan(Record):
     narrow it; within `min_runs` and `max_runs` and `max_seconds` per graph. Runs of the graphs of a lease are
     interleaved at random in rounds of `round_runs`.
 
-    The canary runs all the while, and latencies are stated at its reference speed.
+    The canary runs all the while, and latencies are stated at its reference speed. What was timed beside looks at it
+    that were slower than its fastest ones by more than a third of `drift_tolerance` is not counted.
     Runs of a round follow others that are not counted, until the caches hold what the graph needs.
 
     Refusal: a lease is refused when other processes used more than `load_tolerance` of one core while it was
