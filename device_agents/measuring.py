@@ -84,8 +84,8 @@ weights fastest were seen to feel it three times as much."""
 MOST_WAITS = 1 / 2
 """The largest share of a latency that is said to be what a busy memory adds."""
 
-PATIENCE_S = 30.0
-"""How long a disturbed device is waited for in a lease: a lease that is refused has cost about as much."""
+PATIENCE_S = 600.0
+"""How long a lease may be disturbed. Waiting keeps what was timed, a refusal throws it away."""
 
 UNSTEADY = 1 / 3
 """Share of the drift tolerance by which a device may change its speed while it is measured."""
@@ -253,7 +253,8 @@ def load_canaries(backend: Backend, *, heavy: bool = False) -> list[Times]:
             with _no_canary(name):
                 return session.time(runs)
 
-        run(CANARY_WARMUP_RUNS)
+        if not backend.starts:
+            run(CANARY_WARMUP_RUNS)
         return run
 
     return [load() for _ in range(1 if backend.starts else sessions)]

@@ -38,8 +38,14 @@ DISTURBED = 1 / 3
 """Share of the drift tolerance by which a look at the canary may be slower than the fastest ones: graphs feel what
 disturbs a device more than the canary does, or less."""
 
-WAIT_S = 0.05
-"""From one look at a disturbed device to the next."""
+WAIT_S = 30.0
+QUIET_SHARE = 1 / 10
+"""How long it is waited for a disturbed device to get quiet, and then as long as it is quiet for this share of the time.
+Where processors are shared it is quiet for hundredths of a second in a row, in bad hours a fifth of the time."""
+
+REST_S = 1.0
+"""From one look at a disturbed phone to the next, since what works without a pause stays hot. A processor is looked at
+without one: it may be quiet for less."""
 
 SETTLED_VISITS = 3
 SETTLED_GAIN = 0.02
@@ -213,12 +219,13 @@ def sample(
     A fixed order would let a drift of the device hit some graphs more than others. The canaries are sessions of one
     network and take turns: where a runtime happened to place one in memory matters less; `heavy_canaries` are those of
     another one. Graphs and canaries are timed with warm caches, so that neither depends on what else is in the lease.
-    `starts` says that each visit starts a tool afresh, which warms up by itself and is dear: the canary then is run as
-    often as a graph.
+    `starts` says that each visit starts a tool afresh, which warms up by itself and is dear: there is no other warm-up,
+    and the canary is run as often as a graph.
 
     A device is disturbed where looks at the canary take longer than the fastest of them, by a share of the plan's
     `drift_tolerance`, or than `slowest_ms`, twice or more in a row. What was timed beside such looks is not counted,
-    and it is looked again until the device is quiet; but not longer than `patience_s` in all: then everything counts.
+    and it is looked again until the device is quiet. It must be so for a tenth of the time, after the first half
+    minute, and be disturbed for less than `patience_s` in all: else everything counts from then on.
 
     A graph that fails is timed no more, and the others go on.
     """
@@ -247,7 +254,7 @@ class _Course:
         """Stretches beside such a look."""
 
     def run(self) -> None:
-        if self.plan.warmup_runs:
+        if self.plan.warmup_runs and not self.starts:
             for number in range(len(self.graphs)):
                 self._run(number, self._warm_up)
         while True:
@@ -273,27 +280,33 @@ class _Course:
         if not often and self.looked and passed_s < LOOK_S:
             return
         runs = self.plan.round_runs if self.starts else CANARY_RUNS * max(1, min(MOST_LOOKS, int(passed_s)))
+        number = self._awake(self.canaries, CANARY_WAKE_RUNS)
         while True:
-            self.looks.append(self._look_at(self.canaries, CANARY_WAKE_RUNS, runs))
+            self.looks.append((number, list(self.canaries[number](runs))))
             self.looked.append(time.perf_counter())
             if not self._disturbed():
                 break
-            time.sleep(WAIT_S)
+            if self.starts:
+                time.sleep(REST_S)
         if self.heavy_canaries and HEAVY_EVERY * len(self._heavy()) < len(self.quiet):
-            self.heavy_looks.append((len(self.looks) - 1, self._look_at(self.heavy_canaries, WAKE_RUNS, runs)))
+            number = self._awake(self.heavy_canaries, WAKE_RUNS)
+            self.heavy_looks.append((len(self.looks) - 1, (number, list(self.heavy_canaries[number](runs)))))
 
-    def _look_at(self, sessions: Sequence[Times], wake_runs: int, runs: int) -> Look:
+    def _awake(self, sessions: Sequence[Times], wake_runs: int) -> int:
         number = self.rng.randrange(len(sessions))
         if not self.starts:
             sessions[number](wake_runs)
-        return number, list(sessions[number](runs))
+        return number
 
     def _disturbed(self) -> bool:
         """Whether the last look was slow. Takes back what stands beside two or more slow looks in a row, these or older
         ones that were not yet known to be slow; one alone is no more than the statistic leaves out anyway."""
         last = len(self.looks) - 1
         self.quiet[last] = statistic(self.looks[-1][1], self.plan.statistic)
-        if self._disturbed_s() >= self.patience_s:
+        disturbed_s = self._disturbed_s()
+        quiet_s = self.looked[-1] - self.looked[0] - disturbed_s
+        if disturbed_s >= min(self.patience_s, WAIT_S + quiet_s * (1 / QUIET_SHARE - 1)):
+            self.patience_s = 0.0
             return False
         fastest_ms = statistic(list(self.quiet.values()), "fastest_fifth")
         limit_ms = min((1 + DISTURBED * self.plan.drift_tolerance) * fastest_ms, self.slowest_ms)

@@ -27,10 +27,10 @@ class Plan(Record):
     its memory matters. The row is the median over the carriers, from four on the mean of their
     middle half. Many carriers with few runs each make a better row than few with many: neighbours matter more.
 
-    Stopping: after `warmup_runs` runs that are thrown away, runs go on until the half-width of the 95 % confidence
-    interval of the statistic is at most `relative_half_width` of it, or, after `settle_runs`, more runs no longer
-    narrow it; within `min_runs` and `max_runs` and `max_seconds` per graph. Runs of the graphs of a lease are
-    interleaved at random in rounds of `round_runs`.
+    Stopping: after `warmup_runs` runs that are thrown away (tools on phones warm up by themselves), runs go on until
+    the half-width of the 95 % confidence interval of the statistic is at most `relative_half_width` of it, or, after
+    `settle_runs`, more runs no longer narrow it; within `min_runs` and `max_runs` and `max_seconds` per graph. Runs of
+    the graphs of a lease are interleaved at random in rounds of `round_runs`.
 
     The canary runs all the while, and latencies are stated at its reference speed. What was timed beside looks at it
     that were slower than its fastest ones by more than a third of `drift_tolerance` is not counted.

@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,12 @@ class CpuOnnxruntime:
         return [np.asarray(output) for output in session.run(None, named)]
 
 
+@lru_cache(maxsize=1)
+def _lowered(network: Network, precision: Precision) -> bytes:
+    """A model file. Kept, since sessions of one network are loaded one after the other."""
+    return to_onnx(network, precision=precision).SerializeToString()
+
+
 class _Session:
     def __init__(self, model: Network | Path, options: Options, level: str, profile: bool, precision: Precision):
         settings = ort_session.session_options(options.threads, level)
@@ -123,7 +130,7 @@ class _Session:
             settings.optimized_model_filepath = os.path.join(self.folder.name, "optimized.onnx")
         said = (
             ort_session.path_of(model, precision) if isinstance(model, Path)
-            else to_onnx(model, precision=precision).SerializeToString()
+            else _lowered(model, precision)
         )  # fmt: skip
         self.session = ort_session.open_session(said, settings)
         if self.folder is not None:

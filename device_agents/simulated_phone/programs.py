@@ -26,7 +26,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from device_agents.simulated_phone import toolbox
-from device_agents.simulated_phone.sandbox import PACE_BYTES
 
 US = 1e6
 GARBAGE = b"\x80\xfe\x00 count=50 first= curr=-nan min=0x1f avg=inf std\n\xffInference (avg): twelve\ncount=7 curr=\n"
@@ -65,7 +64,7 @@ class Phone:
 
     def stretch(self, seconds: float) -> float:
         """What a run that took `seconds` here takes on the phone, once that time has passed."""
-        factor = float(os.pread(self.pace_file, PACE_BYTES, 0)) * self.slowness
+        factor = float(os.pread(self.pace_file, toolbox.PACE_BYTES, 0)) * self.slowness
         if self.noise:
             factor *= math.exp(self.random.gauss(0.0, self.noise))
         if factor > 1.0:

@@ -38,7 +38,6 @@ HERE = str(Path(__file__).resolve().parents[2])
 """The folder that holds this package."""
 START_S = 20.0
 LINKS_AT_MOST = 40
-PACE_BYTES = 16
 LEFT_ALONE_S = 2.0
 BORROWED = """
 [ awk base64 basename bc bzip2 cat chmod chown cksum cmp comm cp cut date dd dirname du echo egrep env expr false fgrep
@@ -155,7 +154,7 @@ class Sandbox:
                 fresh.write_text(text)
                 fresh.replace(path)  # at once: somebody may be reading
                 self._written[name] = text
-        pace = f"{self.phone.pace():.9f}".encode().ljust(PACE_BYTES)[:PACE_BYTES]
+        pace = f"{self.phone.pace():.9f}".encode().ljust(toolbox.PACE_BYTES)[: toolbox.PACE_BYTES]
         if pace != self._pace:
             # In place and of one length: programs that run keep it open.
             file = os.open(self.root / "dev/pace", os.O_WRONLY | os.O_CREAT, 0o644)

@@ -18,6 +18,8 @@ from typing import Any, NoReturn
 AFFINITY = "PHONE_AFFINITY"
 DEV = "PHONE_DEV"
 PHONE = "PHONE"
+PACE_BYTES = 16
+"""Of the file that tells programs how slow the phone is."""
 
 
 def describe() -> dict[str, Any]:

@@ -208,9 +208,9 @@ def test_a_tool_that_tells_means_is_run_in_rounds() -> None:
     plan = Plan(warmup_runs=2, round_runs=5, min_runs=20, settle_runs=20, max_runs=20)
     sampled = sample([mean_of], [lambda runs: [2.0] * runs], plan, seed=0, starts=True)
     (record,) = sampled.graphs
-    assert asked == [2, 5, 5, 5, 5]
+    assert asked == [5, 5, 5, 5], "the tool warms up by itself"
     assert record.done == 20
-    assert record.positions == [1, 2, 3, 4], "the first latency was the warm-up's"
+    assert record.positions == [0, 1, 2, 3]
     assert sum(len(times_ms) for _, times_ms in sampled.looks) == 25
     assert sampled.canary_ms("median") == 2.0
 
@@ -222,10 +222,6 @@ class Disturbed:
         self.spells = spells
         self.now = 0.0
         monkeypatch.setattr(sampling.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(sampling.time, "sleep", self.sleep)
-
-    def sleep(self, seconds: float) -> None:
-        self.now += seconds
 
     def graph(self, latency_ms: float, told: list[float]):
         def time(runs: int) -> list[float]:
@@ -254,7 +250,7 @@ def test_nothing_that_was_timed_while_the_device_was_disturbed_counts(monkeypatc
         assert record.times_ms == [latency_ms] * 40
         assert [told[position] for position in record.positions] == record.times_ms, "its profile has all of its runs"
         assert record.stop is not None
-    assert {latency for _, times_ms in sampled.looks for latency in times_ms} == {2.0}
+    assert {statistic(times_ms, SPELLS_PLAN.statistic) for _, times_ms in sampled.looks} == {2.0}
 
 
 def test_a_device_is_waited_for_until_it_is_as_quiet_as_it_was_known(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,6 +283,20 @@ def test_patience_ends_and_sampling_with_it(
         if patience_s == 0:
             assert sampled.disturbed_s == 0
             assert len(told[0]) == 2 + 5 * (WAKE_RUNS + 8)
+
+
+def test_a_device_that_is_quiet_now_and_then_is_worth_waiting_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is disturbed for longer than a device that never gets quiet is waited for, and all that counts is quiet."""
+    monkeypatch.setattr(sampling, "WAIT_S", 5.0)
+    spells = [(second + 0.2, second + 1.0) for second in range(1000)]
+    device = Disturbed(spells, monkeypatch)
+    plan = SPELLS_PLAN.model_copy(update=dict.fromkeys(("min_runs", "settle_runs", "max_runs"), 800))
+    sampled = sample([device.graph(3.0, [])], [device.graph(2.0, [])], plan, seed=0, patience_s=600.0)
+    assert sampled.graphs[0].times_ms == [3.0] * 800
+    assert sampled.disturbed_s > 10
+    device = Disturbed([(0.2, 1e9)], monkeypatch)
+    sampled = sample([device.graph(3.0, [])], [device.graph(2.0, [])], plan, seed=0, patience_s=600.0)
+    assert 5 <= sampled.disturbed_s < 5 + 2, "not for one that was quiet once"
 
 
 def test_where_any_speed_will_do_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

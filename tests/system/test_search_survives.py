@@ -27,7 +27,7 @@ TINY: dict[str, Any] = {
     "super_network": TRAINING | {"kernels": "batch"},
     "discovered_network": TRAINING,
     "train_initial": False,
-    "search": {"metric": "latency", "budget_ratio": 0.7, "samples": 3, "layers": 4, "reduction": 0.15, "look_ahead": 2},
+    "search": {"metric": "latency", "budget_ratio": 0.7, "samples": 2, "layers": 4, "reduction": 0.15, "look_ahead": 2},
     "calibration": {"networks": 0},
     "latency": {"plan": LIGHT, "whole": LIGHT},
 }
