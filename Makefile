@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+WORKERS ?= 2
 
 .PHONY: demo test lint unit campaign bench clean
 
@@ -25,7 +26,7 @@ lint: $(INSTALLED)
 	$(BIN)/lint-imports
 
 unit: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not campaign"
+	$(BIN)/python -m pytest -m "not campaign" -n $(WORKERS) --dist loadfile
 
 campaign: $(INSTALLED) ## the long tests
 	$(BIN)/python -m pytest -m campaign

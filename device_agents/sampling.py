@@ -40,8 +40,8 @@ disturbs a device more than the canary does, or less."""
 
 WAIT_S = 30.0
 QUIET_SHARE = 1 / 10
-"""How long it is waited for a disturbed device to get quiet, and then as long as it is quiet for this share of the time.
-Where processors are shared it is quiet for hundredths of a second in a row, in bad hours a fifth of the time."""
+"""How long it is waited for a disturbed device, and then as long as it is quiet for this share of the time. Where
+processors are shared it is quiet for hundredths of a second in a row, in bad hours a fifth of the time."""
 
 REST_S = 1.0
 """From one look at a disturbed phone to the next, since what works without a pause stays hot. A processor is looked at
