@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from device_agents import energy
 from device_agents.backends import Backend, Loaded, LoadFailed, NodeTimes, Unprofiled, Unreachable, Unsupported
 from device_agents.packing import pack
-from device_agents.sampling import Z95, Timed, Times, chosen, half_width, sample, statistic
+from device_agents.sampling import Z95, Part, Timed, Times, chosen, half_width, sample, statistic
 from lut_db.canary import canary, heaviness, heavy_canary
 from lut_db.measurements import Cause, Evidence, Failure, Measurement, Samples, Stop
 from lut_db.networks import Network
@@ -174,7 +174,8 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
          for graph, _, record in plain if id(graph) in profiles],
         lease.plan,
     )  # fmt: skip
-    samples = _samples(graphs, timed, profiles, slowness, profiler_ms, failures, lease.plan)
+    part = _part(profiles.values(), lease.plan)
+    samples = _samples(graphs, timed, profiles, slowness, profiler_ms, failures, part, lease.plan)
     if heavy and heavy_ms:
         samples = without_waits(samples, lease, heavy, _beyond(heavy_slowness - 1, HEAVY_STRAYS), heavy_ms)
     samples = _levelled(samples) if profiles else samples
@@ -194,7 +195,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         asked = [pair for pair in zip(graphs, timed, strict=True) if pair[0].places or pair[0].key in keys]
         energies, counted = _energies(backend, asked, profiles, spare, profiler_ms, lease.plan)
     stops: dict[str, Stop] = {graph.key: record.stop or "max_runs" for graph, record in zip(graphs, timed, strict=True)}
-    measured = {key: _measurement(key, found, stops, energies.get(key), lease.plan) for key, found in samples.items()}
+    measured = {key: _measurement(key, found, stops, energies.get(key), part) for key, found in samples.items()}
     all_canaries = np.concatenate([times_ms for _, times_ms in sampled.looks])
 
     measurements = []
@@ -369,7 +370,7 @@ def _counted(timed: Timed, plan: Plan) -> NDArray[np.intp]:
 
 def _samples(
     graphs: Sequence[_Graph], timed: Sequence[Timed], profiles: dict[int, NodeTimes], slowness: float,
-    profiler_ms: float, failures: dict[str, Failure], plan: Plan,
+    profiler_ms: float, failures: dict[str, Failure], part: Part | None, plan: Plan,
 ) -> dict[str, list[tuple[Samples, str]]]:  # fmt: skip
     """The raw samples by key, one entry for each graph in which it was timed, with the graph's key."""
     found: dict[str, list[tuple[Samples, str]]] = defaultdict(list)
@@ -384,16 +385,30 @@ def _samples(
         times = profiles[id(graph)]
         for node, key in graph.places.items():
             total = times.total_ms[record.positions, node]
+            read = counted if part is None else chosen(total, part)
             # What takes less than a tick reads nothing in most runs, and a tick in some: their mean is right.
-            read = counted if total[counted].any() else np.arange(len(total))
+            read = read if total[read].any() else np.arange(len(total))
             if not total[read].any():
                 message = f"the runtime's profile gives no time to this operator in carrier {graph.network.key}"
                 failures[key] = Failure(cause="error", message=message)
                 continue
             profiling_ms = float(times.events[node]) * profiler_ms
-            layout_ms = float(times.layout_ms[_counted(record, plan), node].mean())
+            layout_ms = float(times.layout_ms[np.array(record.positions)[read], node].mean())
             found[key].append((_pack_samples(graph, total, read, slowness, layout_ms, profiling_ms), graph.key))
     return found
+
+
+def _part(profiles: Iterable[NodeTimes], plan: Plan) -> Part | None:
+    """Which part of its own samples a figure is the mean of; None where a node's are those of the runs in which its
+    carrier was fast.
+
+    What disturbs a part of a run slows some nodes down and hardly shows in the whole: of nodes whose single runs can be
+    put in order, since their profiler counts finely, each has its own fast runs.
+    """
+    if plan.context != "in_context":
+        return plan.statistic
+    fine = all(profile.tick_ms is not None and profile.tick_ms < TICK_MS for profile in profiles)
+    return "second_fifth" if fine and plan.statistic == "fastest_fifth" else None
 
 
 def _pack_samples(
@@ -421,10 +436,10 @@ def _value(samples: Samples) -> float:
     return max(read_ms - samples.profiling_ms, read_ms / 10) / samples.slowness
 
 
-def _half_width(samples: Samples, plan: Plan, *, whole: bool) -> float:
-    """Half the 95 % confidence interval, at the reference speed. A node's runs were chosen by the whole graph."""
-    if whole:
-        return half_width(samples.samples_ms, plan.statistic) / samples.slowness
+def _half_width(samples: Samples, part: Part | None) -> float:
+    """Half the 95 % confidence interval, at the reference speed."""
+    if part is not None:
+        return half_width(samples.samples_ms, part) / samples.slowness
     counted = _counted_ms(samples)
     if len(counted) < 2:
         return float(counted[0]) / samples.slowness
@@ -499,16 +514,15 @@ def _count(backend: Backend, counter: energy.Counter, bursts: Sequence[energy.Bu
 
 
 def _measurement(
-    key: str, found: list[tuple[Samples, str]], stops: dict[str, Stop], energy_j: float | None, plan: Plan
+    key: str, found: list[tuple[Samples, str]], stops: dict[str, Stop], energy_j: float | None, part: Part | None
 ) -> Measurement:
     """The row of an operator or network: the middle of its graphs' statistics at the reference speed."""
     values = np.array([_value(samples) for samples, _ in found])
     latency_ms = statistic(values, "interquartile_mean")
-    whole = plan.context != "in_context"
     return Measurement(
         key=key,
         latency_ms=latency_ms,
-        half_width_ms=float(np.median([_half_width(samples, plan, whole=whole) for samples, _ in found])),
+        half_width_ms=float(np.median([_half_width(samples, part) for samples, _ in found])),
         spread=float(np.abs(values / latency_ms - 1).max()),
         energy_j=energy_j,
         stop=max((stops[graph] for _, graph in found), key=STOPS.index),

@@ -54,12 +54,13 @@ class Failure(Value):
 class Samples(Value):
     """Raw latencies of one operator or network in one graph, in the order in which they were taken.
 
-    `carrier` is the key of the graph. `counted` says which samples the statistic rests on: those of the runs in which
-    the whole graph was fastest, for the fastest fifth. Their mean, less `profiling_ms` but for a tenth of it at least,
-    divided by `slowness`, is the latency at the reference speed. `slowness` is how slow the device was for this, by its
-    canaries, what else the graph timed, and what its table knows. `layout_ms` is the part of their mean that went to
-    layout conversions charged to this operator; `profiling_ms` is what the runtime's profiler adds to it (negative
-    where a runtime's work between nodes outweighs that).
+    `carrier` is the key of the graph. `counted` says which samples the statistic rests on: for the fastest fifth of a
+    graph, the second fifth of a node's own where its profiler counts finely, else those of the runs in which the whole
+    graph was fastest. Their mean, less `profiling_ms` but for a tenth of it at least, divided by `slowness`, is the
+    latency at the reference speed. `slowness` is how slow the device was for this, by its canaries, what else the graph
+    timed, and what its table knows. `layout_ms` is the part of their mean that went to layout conversions charged to
+    this operator; `profiling_ms` is what the runtime's profiler adds to it (negative where a runtime's work between
+    nodes outweighs that).
     """
 
     carrier: str = Field(max_length=64)

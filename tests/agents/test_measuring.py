@@ -167,6 +167,11 @@ def test_every_kind_is_measured(backend: backends.Backend, context: str) -> None
         # A tool that tells only means tells one for each round.
         told = {plan.max_runs, plan.max_runs // plan.round_runs} if backend.starts else {plan.max_runs}
         assert all(len(found.samples_ms) in told for found in measurement.samples)
+        if report.evidence.get("profiler_tick_us", 1.0) < 1.0:  # type: ignore[operator]
+            for found in measurement.samples:
+                fifth = -(-len(found.samples_ms) // 5)
+                own = sorted(found.samples_ms)[fifth : 2 * fifth]
+                assert sorted(found.samples_ms[number] for number in found.counted) == own, "of its own times"
     assert report.canary_ms is not None
     assert report.evidence["threads"] == 1
     assert report.evidence["cpu_model"]

@@ -30,7 +30,7 @@ from lut_db.plans import Plan, Statistic
 LATENCIES = st.lists(st.floats(0.001, 1e4), min_size=4, max_size=200)
 
 
-NAMES = get_args(Statistic)
+NAMES = (*get_args(Statistic), "second_fifth")
 
 
 @given(LATENCIES, st.sampled_from(NAMES))
@@ -39,6 +39,7 @@ def test_a_statistic_is_the_mean_of_the_part_that_it_names(values: list[float], 
     count = len(values)
     first, last = {
         "fastest_fifth": (0, -(-count // 5)),
+        "second_fifth": (-(-count // 5), 2 * -(-count // 5)),
         "median": ((count - 1) // 2, count // 2 + 1),
         "interquartile_mean": (count // 4, count - count // 4),
     }[name]
