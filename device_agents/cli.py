@@ -91,7 +91,13 @@ def _serve(backend: str, server: str, name: str | None, options: Options, max_op
             for number, of_device in enumerate(each)
         ]  # fmt: skip
 
+        told = False
+
         def stop(*_: object) -> None:
+            nonlocal told
+            if told:  # a signal that comes while one is answered would wait for the lock of an event for ever
+                return
+            told = True
             for agent in agents:
                 agent.stop()
 
