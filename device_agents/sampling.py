@@ -68,9 +68,11 @@ def chosen(samples: ArrayLike, name: Part) -> NDArray[np.intp]:
     values = np.asarray(samples, dtype=float)
     order = np.argsort(values, kind="stable")
     count = len(values)
-    if name in ("fastest_fifth", "second_fifth"):
-        fifth = ceil(count / 5)
-        return order[:fifth] if name == "fastest_fifth" else order[fifth : 2 * fifth] if count > 1 else order
+    fifth = ceil(count / 5)
+    if name == "fastest_fifth":
+        return order[:fifth]
+    if name == "second_fifth" and count > 1:
+        return order[fifth : 2 * fifth]
     cut = count // 4 if name == "interquartile_mean" and count >= 4 else (count - 1) // 2
     return order[cut : count - cut]
 
