@@ -182,10 +182,9 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     over_time = sampled.canary_over_time(lease.plan.statistic)
     refusal = refusal or _drift("the canary", slowness, lease.plan) or unsteady(over_time, lease.plan)
     refusal = refusal or _drift("the heavy canary", heavy_slowness, lease.plan)
-    drifts = _network_drifts(samples, lease) if lease.networks else _filler_drifts(samples, lease)
-    typical = float(np.median(list(drifts.values()))) if drifts else None
-    if typical is not None:
-        refusal = refusal or _drift("what the table knows", typical, lease.plan)
+    drifts, surely = _network_drifts(samples, lease) if lease.networks else _filler_drifts(samples, lease)
+    if drifts:
+        refusal = refusal or _drift("what the table knows", surely, lease.plan)
         samples = {key: [(_slower(one, drifts[key]), graph) for one, graph in each] for key, each in samples.items()}
     energies: dict[str, float] = {}
     counted: Evidence = {"absent": "the latencies are refused"}
@@ -224,8 +223,8 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
     }
     if ticks_ms := [profile.tick_ms for profile in profiles.values() if profile.tick_ms is not None]:
         facts["profiler_tick_us"] = round(max(ticks_ms) * 1e3, 4)
-    if typical is not None:
-        facts["known_drift"] = round(typical, 4)
+    if drifts:
+        facts["known_drift"] = round(float(np.median(list(drifts.values()))), 4)
     if heavy and heavy_ms:
         facts["heavy_canary_reference_ms"] = round(heavy_ms, 6)
         facts["heavy_slowness"] = round(heavy_slowness, 4)
@@ -564,36 +563,40 @@ def _ratios(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> dict
     return found
 
 
-def _filler_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> dict[str, float]:
-    """How far this lease is from its table, the same for every operator; empty where too few are known.
+def _filler_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> tuple[dict[str, float], float]:
+    """How far this lease is from its table, the same for every operator, empty where too few are known; and how far it
+    is at least.
 
     A canary shows how fast a device computes. How busy its memory is with other things it shows less well than
     operators like those that are measured.
     """
     known = _ratios(samples, lease)
     if len(known) < MIN_KNOWN:
-        return {}
+        return {}, 1.0
     known_ms = np.array([lease.known_ms[key] for key in known])
     ratios, spreads = np.array(list(known.values())).T
-    return dict.fromkeys(samples, believed_drift(ratios, spreads, known_ms))
+    believed, surely = known_drift(ratios, spreads, known_ms)
+    return dict.fromkeys(samples, believed), surely
 
 
-def believed_drift(
+def known_drift(
     ratios: NDArray[np.float64], spreads: NDArray[np.float64], known_ms: NDArray[np.float64]
-) -> float:  # fmt: skip
-    """The drift that known operators show, from what each takes now over what the table says.
+) -> tuple[float, float]:  # fmt: skip
+    """The drift that known operators show, from what each takes now over what the table says: as far as it is believed,
+    and the end nearest to none of its confidence interval of about 95 %.
 
     The mean of the logarithms, those far from the middle drawn in: each by how well its carriers agree and by how many
     of a profiler's ticks it takes (what takes few reads the same at any speed). It is drawn towards none by its
     variance beside that of leases (the posterior mean of a normal prior): where it is uncertain the canary is the
-    better guess. None where one operator would speak for all.
+    better guess. That prior is of leases at their table's speed and says nothing of others: whether a lease is one is
+    asked of the interval. None where one operator would speak for all.
     """
     logs = np.log(ratios)
     weights = _weights(known_ms, spreads)
     weights /= weights.sum()
     share = float(weights @ weights)
     if share > 1 / MIN_VOICES:
-        return 1.0
+        return 1.0, 1.0
     order = np.argsort(logs)
     middle = logs[order][np.searchsorted(np.cumsum(weights[order]), 0.5)]
     # The variance of a mean of what was drawn in: Tukey and McLaughlin (1963).
@@ -601,7 +604,9 @@ def believed_drift(
     logs = np.clip(logs, middle - STRAY, middle + STRAY)
     drift = float(weights @ logs)
     variance = float(weights @ (logs - drift) ** 2) * share / (1 - share) / near**2
-    return float(np.exp(drift * LEASES_DIFFER**2 / (LEASES_DIFFER**2 + variance)))
+    believed = drift * LEASES_DIFFER**2 / (LEASES_DIFFER**2 + variance)
+    surely = np.copysign(max(0.0, abs(drift) - Z95 * sqrt(variance)), drift)
+    return float(np.exp(believed)), float(np.exp(surely))
 
 
 def _weights(latency_ms: ArrayLike, spread: ArrayLike = 0.0) -> NDArray[np.float64]:
@@ -609,12 +614,12 @@ def _weights(latency_ms: ArrayLike, spread: ArrayLike = 0.0) -> NDArray[np.float
     return 1 / ((CERTAIN + np.asarray(spread)) ** 2 + (TICK_MS / np.asarray(latency_ms)) ** 2)
 
 
-def _network_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> dict[str, float]:
+def _network_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease) -> tuple[dict[str, float], float]:
     """How far this lease is from its table, for each whole network: by the known networks with about as many weights,
-    since those that fit a device's caches hardly feel who else uses its memory. It is believed in full."""
+    since those that fit a device's caches hardly feel who else uses its memory; believed in full. And their median."""
     known = _ratios(samples, lease)
     if len(known) < MIN_KNOWN_NETWORKS:
-        return {}
+        return {}, 1.0
     size = {network.key: np.log1p(network.parameters) for network in (*lease.networks, *lease.known_networks)}
     logs = np.log([ratio for ratio, _ in known.values()])
     logs = np.clip(logs, np.median(logs) - STRAY, np.median(logs) + STRAY)
@@ -623,7 +628,7 @@ def _network_drifts(samples: dict[str, list[tuple[Samples, str]]], lease: Lease)
     for key in samples:
         weights = 1 / (1 + ((sizes - size[key]) / ALIKE) ** 2)
         drifts[key] = float(np.exp(weights @ logs / weights.sum()))
-    return drifts
+    return drifts, float(np.median(list(drifts.values())))
 
 
 def without_waits(

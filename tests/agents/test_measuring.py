@@ -22,8 +22,8 @@ from device_agents.measuring import (
     MIN_KNOWN_NETWORKS,
     STRAY,
     UNLIKE,
-    believed_drift,
     carrier_levels,
+    known_drift,
     measure,
     without_waits,
 )
@@ -281,10 +281,13 @@ def test_what_waits_are_taken_off() -> None:
 
 
 def test_a_drift_is_believed_as_far_as_it_is_certain() -> None:
-    def drift(*known: tuple[float, float, float]) -> float:
+    def found(*known: tuple[float, float, float]) -> tuple[float, float]:
         """Of ratio, spread, and microseconds of each."""
         ratios, spreads, known_us = np.array(known).T
-        return believed_drift(ratios, spreads, known_us / 1e3)
+        return known_drift(ratios, spreads, known_us / 1e3)
+
+    def drift(*known: tuple[float, float, float]) -> float:
+        return found(*known)[0]
 
     slower = [(1.08, 0.01, 20.0), (1.09, 0.02, 30.0), (1.07, 0.01, 50.0), (1.08, 0.02, 15.0)]
     assert drift(*slower) == pytest.approx(1.08, abs=0.01)
@@ -301,6 +304,13 @@ def test_a_drift_is_believed_as_far_as_it_is_certain() -> None:
     believed = [abs(np.log(drift(*((float(np.exp(log)), 0.01, 20.0) for log in logs)))) for logs in apart]
     means = [abs(float(np.median(logs))) for logs in apart]
     assert np.mean(believed) < np.mean(means) / 2, "what is far apart is uncertain, drawn in or not"
+    surely = np.log([found(*((float(np.exp(log)), 0.01, 20.0) for log in logs))[1] for logs in apart])
+    assert np.mean(surely == 0) > 0.8, "there is none"
+    assert found(*scattered)[1] == 1
+    far = [(1e4 * ratio, spread, took_us) for ratio, spread, took_us in scattered * 3]
+    assert drift(*far) < 1e3 < found(*far)[1], "little is believed, and it is far from its table all the same"
+    near = [(1 / ratio / 1e4, spread, took_us) for ratio, spread, took_us in scattered * 3]
+    assert found(*near)[1] < 1e-3
 
 
 def test_what_is_common_to_a_carrier_is_told_from_its_operators() -> None:
