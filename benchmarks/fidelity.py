@@ -137,7 +137,7 @@ def enqueue_again(database: str, target: str, plan: Plan, networks: Sequence[Net
 
 def run(
     backend: str, contexts: Sequence[str], family: str, size: int, tests: int, calibrations: int, folder: Path,
-    tolerance: float,
+    tolerance: float, cores: str | None,
 ) -> Figures:  # fmt: skip
     draw = FAMILIES[family]
     asked = draw(size, tests + calibrations, 0)
@@ -148,7 +148,7 @@ def run(
     whole = WHOLE.model_copy(update=noise)
     length = {"carrier_length": round(float(np.median([len(network.nodes) for network in asked])))}
     with (
-        EmbeddedService(str(folder / "tables.sqlite"), folder, backend=backend) as service,
+        EmbeddedService(str(folder / "tables.sqlite"), folder, backend=backend, cores=cores) as service,
         ProfilerClient(service.url, patience_s=PATIENCE_S, still_there=service.check) as client,
     ):
         first = latencies(client, service.target, test, whole)
@@ -182,6 +182,7 @@ def main() -> None:
             ("--context", {"choices": list(CONTEXTS), "help": "only this one; a backend may have no other"}),
             ("--family", {"choices": list(FAMILIES), "help": "only this family"}),
             ("--size", {"type": int, "help": "only images of this size"}),
+            ("--cores", {"help": "those that the agent may use, like 0-1; its default else"}),
             ("--load-tolerance", {"type": float, "default": IN_CONTEXT.load_tolerance, "metavar": "CORES"}),
         ],
     )
@@ -193,7 +194,7 @@ def main() -> None:
             with tempfile.TemporaryDirectory(prefix="fidelity-") as folder:
                 found = run(
                     options.backend, [options.context] if options.context else list(CONTEXTS), family, size, tests,
-                    calibrations, Path(folder), options.load_tolerance,
+                    calibrations, Path(folder), options.load_tolerance, options.cores,
                 )  # fmt: skip
             show(
                 f"{options.backend}, {family}, {size} pixels: {tests} networks, correction from {calibrations} others",

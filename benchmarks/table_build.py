@@ -56,13 +56,13 @@ def spread(builds: Sequence[Sequence[float]]) -> float:
 
 
 def through_the_system(
-    backend: str, asked_for: Sequence[Network], builds: int, folder: Path, tolerance: float
+    backend: str, asked_for: Sequence[Network], builds: int, folder: Path, tolerance: float, cores: str | None
 ) -> Figures:
     figures: Figures = {}
     speeds: dict[str, list[float]] = {"slowness": [], "heavy_slowness": []}
     wanted = operators(asked_for)
     each = [Network.of(operator) for operator in wanted]
-    with EmbeddedService(str(folder / "tables.sqlite"), folder, backend=backend) as service:
+    with EmbeddedService(str(folder / "tables.sqlite"), folder, backend=backend, cores=cores) as service:
         for name, plan in PLANS.items():
             rows, seconds, leases = [], 0.0, []
             for seed in range(builds):
@@ -133,13 +133,16 @@ def main() -> None:
         (__doc__ or "").split("\n")[0],
         [
             ("--backend", {"default": "cpu-onnxruntime", "help": "cpu-onnxruntime or cpu-litert"}),
+            ("--cores", {"help": "those that the agent may use, like 0-1; its default else"}),
             ("--load-tolerance", {"type": float, "default": Plan().load_tolerance, "metavar": "CORES"}),
         ],
     )
     count, builds, usual = QUICK if options.quick else (NETWORKS, BUILDS, USUAL_OPERATORS)
     asked_for = sub_networks(1.0, IMAGE_SIZE, count, seed=0)
     with tempfile.TemporaryDirectory(prefix="table-build-") as folder:
-        figures = through_the_system(options.backend, asked_for, builds, Path(folder), options.load_tolerance)
+        figures = through_the_system(
+            options.backend, asked_for, builds, Path(folder), options.load_tolerance, options.cores
+        )
     wanted = operators(asked_for)
     chosen = random.Random(0).sample(wanted, min(usual, len(wanted)))
     figures[f"{options.backend}: the usual way"] = the_usual_way(options.backend, chosen, builds)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from device_agents.backends import Check
+from device_agents.backends import Check, Unreachable
 from device_agents.settings import wish
 from lut_db.errors import InvalidInput
 from lut_db.measurements import Evidence, Failure
@@ -91,6 +91,22 @@ def default_cores(threads: int) -> tuple[int, ...]:
         return ()
     allowed = sorted(os.sched_getaffinity(0))
     return tuple(allowed[-threads:]) if len(allowed) > threads else ()
+
+
+def next_core(cores: Sequence[int], threads: int) -> bool:
+    """Moves this thread, and what it starts, to the next of several cores, where one thread does all the work.
+
+    False where there is no other. Raises Unreachable where it was taken away.
+    """
+    if threads > 1 or len(cores) < 2:
+        return False
+    now = os.sched_getaffinity(0)
+    core = cores[(cores.index(*now) + 1) % len(cores)] if len(now) == 1 and now <= set(cores) else cores[0]
+    try:
+        os.sched_setaffinity(0, {core})
+    except OSError as error:
+        raise Unreachable(f"it cannot be moved to core {core}: {error}") from error
+    return True
 
 
 def check_cores(cores: Collection[int], threads: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from device_agents import energy
-from device_agents.backends import Backend, Loaded, LoadFailed, NodeTimes, Unprofiled, Unreachable, Unsupported
+from device_agents.backends import Backend, Loaded, LoadFailed, Movable, NodeTimes, Unprofiled, Unreachable, Unsupported
 from device_agents.packing import pack
 from device_agents.sampling import Z95, Part, Timed, Times, chosen, half_width, sample, statistic
 from lut_db.canary import canary, heaviness, heavy_canary
@@ -148,6 +148,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         [*(graph.loaded.time for graph in loaded), *(twin.time for _, twin in twins)], canaries, lease.plan,
         lease.token, heavy_canaries=heavy_canaries, starts=backend.starts, patience_s=PATIENCE_S,
         slowest_ms=lease.canary_ms * (1 + lease.plan.drift_tolerance) if lease.canary_ms else inf,
+        move=backend.move if isinstance(backend, Movable) else lambda: False,
     )  # fmt: skip
     seen, refusal = watch.read(lease.plan)
 
@@ -215,6 +216,7 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         "slowness_5_95": [round(float(q) / canary_ms, 4) for q in np.percentile(all_canaries, (5, 95))],
         "slowness_over_time": [round(part_ms / canary_ms, 4) for part_ms in over_time],
         "disturbed_s": round(sampled.disturbed_s, 3),
+        "moves": sampled.moves,
         "profiler_cost_us": round(profiler_ms * 1e3, 4),
         "energy": counted,
         "graphs": len(loaded),

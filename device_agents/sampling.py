@@ -48,6 +48,10 @@ REST_S = 1.0
 """From one look at a disturbed phone to the next, since what works without a pause stays hot. A processor is looked at
 without one: it may be quiet for less."""
 
+MOVE_LOOKS = 2
+"""After how many slow looks in a row it is looked on another core. One may be chance, and a core that was just moved to
+has cold caches; after one, or four, it took longer until a core was quiet."""
+
 SETTLED_VISITS = 3
 SETTLED_GAIN = 0.02
 """Relative narrowing of the interval over that many visits below which more runs are no use."""
@@ -167,12 +171,14 @@ Look = tuple[int, list[float]]
 @dataclass
 class Sampled:
     """What `sample` saw: every graph's latencies, and those of the canaries, taken all the while, in the order of
-    time. While `disturbed_s` passed the device was disturbed, and nothing from then is here."""
+    time. While `disturbed_s` passed the device was disturbed, and nothing from then is here; `moves` is how often that
+    made it go on on another core."""
 
     graphs: list[Timed]
     looks: list[Look]
     heavy_looks: list[Look] = field(default_factory=list)
     disturbed_s: float = 0.0
+    moves: int = 0
 
     def canary_over_time(self, name: Statistic) -> list[float]:
         """The canary's latency in successive parts of the time, each of so many latencies that noise does not show."""
@@ -221,7 +227,7 @@ Times = Callable[[int], Sequence[float]]
 
 def sample(
     graphs: Sequence[Times], canaries: Sequence[Times], plan: Plan, seed: int, *, heavy_canaries: Sequence[Times] = (),
-    starts: bool = False, slowest_ms: float = inf, patience_s: float = 0.0,
+    starts: bool = False, slowest_ms: float = inf, patience_s: float = 0.0, move: Callable[[], bool] = lambda: False,
 ) -> Sampled:  # fmt: skip
     """Times every graph under the plan, in rounds of random order, with a canary at the start, between and at the end.
 
@@ -233,12 +239,13 @@ def sample(
 
     A device is disturbed where looks at the canary take longer than the fastest of them, by a share of the plan's
     `drift_tolerance`, or than `slowest_ms`, twice or more in a row. What was timed beside such looks is not counted,
-    and it is looked again until the device is quiet. It must be so for a tenth of the time, after the first half
-    minute, and be disturbed for less than `patience_s` in all: else everything counts from then on.
+    and it is looked again until the device is quiet, on other cores of it where `move` goes on on another one and says
+    True. It must be quiet for a tenth of the time, after the first half minute, and be disturbed for less than
+    `patience_s` in all: else everything counts from then on.
 
     A graph that fails is timed no more, and the others go on.
     """
-    course = _Course(graphs, canaries, heavy_canaries, plan, seed, starts, slowest_ms, patience_s)
+    course = _Course(graphs, canaries, heavy_canaries, plan, seed, starts, slowest_ms, patience_s, move)
     course.run()
     return course.sampled()
 
@@ -248,10 +255,11 @@ class _Course:
 
     def __init__(
         self, graphs: Sequence[Times], canaries: Sequence[Times], heavy_canaries: Sequence[Times], plan: Plan,
-        seed: int, starts: bool, slowest_ms: float, patience_s: float,
+        seed: int, starts: bool, slowest_ms: float, patience_s: float, move: Callable[[], bool],
     ):  # fmt: skip
         self.graphs, self.canaries, self.heavy_canaries = graphs, canaries, heavy_canaries
         self.plan, self.starts, self.slowest_ms, self.patience_s = plan, starts, slowest_ms, patience_s
+        self.move, self.moves = move, 0
         self.rng = random.Random(seed)
         self.timed = [Timed() for _ in graphs]
         self.looks: list[Look] = []
@@ -263,6 +271,7 @@ class _Course:
         """Stretches beside such a look."""
 
     def run(self) -> None:
+        self.move()  # to the first core, where the system would choose among several
         if self.plan.warmup_runs and not self.starts:
             for number in range(len(self.graphs)):
                 self._run(number, self._warm_up)
@@ -278,7 +287,8 @@ class _Course:
                     break
 
     def sampled(self) -> Sampled:
-        return Sampled(self.timed, [self.looks[number] for number in self.quiet], self._heavy(), self._disturbed_s())
+        looks = [self.looks[number] for number in self.quiet]
+        return Sampled(self.timed, looks, self._heavy(), self._disturbed_s(), self.moves)
 
     def _open(self) -> list[int]:
         return [number for number, record in enumerate(self.timed) if record.stop is None and record.failure is None]
@@ -290,13 +300,18 @@ class _Course:
             return
         runs = self.plan.round_runs if self.starts else CANARY_RUNS * max(1, min(MOST_LOOKS, int(passed_s)))
         number = self._awake(self.canaries, CANARY_WAKE_RUNS)
+        slow = 0
         while True:
             self.looks.append((number, list(self.canaries[number](runs))))
             self.looked.append(time.perf_counter())
             if not self._disturbed():
                 break
+            slow += 1
             if self.starts:
                 time.sleep(REST_S)
+            if slow % MOVE_LOOKS == 0 and self.move():
+                self.moves += 1
+                self.canaries[number](CANARY_WAKE_RUNS)
         if self.heavy_canaries and HEAVY_EVERY * len(self._heavy()) < len(self.quiet):
             number = self._awake(self.heavy_canaries, WAKE_RUNS)
             self.heavy_looks.append((len(self.looks) - 1, (number, list(self.heavy_canaries[number](runs)))))

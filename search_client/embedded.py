@@ -116,7 +116,8 @@ class EmbeddedService:
     """`profiler-server` on a free loopback port and `device-agent` beside it, as a context manager.
 
     `url` is where the service listens and `target` the key of what the agent measures. `database` is a file or an
-    SQLAlchemy URL; a file is held by one search at a time.
+    SQLAlchemy URL; a file is held by one search at a time. `cores` are those that the agent may use, as
+    `device-agent --cores` takes them; its default where there are none.
     """
 
     def __init__(
@@ -125,13 +126,14 @@ class EmbeddedService:
         logs: Path,
         *,
         backend: str = "cpu-onnxruntime",
+        cores: str | None = None,
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.database = database_url(database)
         self.url = ""
         self.target = ""
         self._logs = logs
-        self._backend = backend
+        self._agent = [backend, *(() if cores is None else ("--cores", cores))]
         self._tell = tell
         self._children: list[_Child] = []
         self._watcher: threading.Thread | None = None
@@ -147,7 +149,7 @@ class EmbeddedService:
             self.url = server.start()[1].rstrip("/")
             # Started again it must be found where it was.
             server.command = ["profiler-server", "--port", self.url.rsplit(":", 1)[1], "--database", self.database]
-            agent = self._child("device-agent", [self._backend, "--server", self.url], REGISTERED)
+            agent = self._child("device-agent", [*self._agent, "--server", self.url], REGISTERED)
             self._children.append(agent)
             self.target = agent.start()[2]
         except BaseException:

@@ -130,6 +130,15 @@ class Unprofiled(Protocol):
     """Why, and what to do instead."""
 
 
+@runtime_checkable
+class Movable(Protocol):
+    """A backend that may work on one of several cores at a time."""
+
+    def move(self) -> bool:
+        """Goes on on the next of its cores: what disturbs one may leave another alone. False where there is no other.
+        Raises Unreachable where it was taken away."""
+
+
 @dataclass(frozen=True)
 class Check:
     """One thing that a backend needs: whether it is there, what was found, and what to do about a lack."""

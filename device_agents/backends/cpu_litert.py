@@ -156,6 +156,9 @@ class CpuLitert:
     def ready(self) -> None:
         """A processor always is."""
 
+    def move(self) -> bool:
+        return evidence.next_core(self.options.cores, self.options.threads)
+
     def watch(self) -> evidence.CpuWatch:
         return _Watch(self.xnnpack)
 

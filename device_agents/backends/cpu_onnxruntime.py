@@ -98,6 +98,9 @@ class CpuOnnxruntime:
     def ready(self) -> None:
         """A processor always is."""
 
+    def move(self) -> bool:
+        return evidence.next_core(self.options.cores, self.options.threads)
+
     def watch(self) -> evidence.CpuWatch:
         return evidence.CpuWatch()
 

@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
-from device_agents import ort_session
+from device_agents import backends, ort_session
 from device_agents.backends import Options
 from device_agents.cli import _options, app
 from lut_db.canary import canary
@@ -43,6 +43,32 @@ def test_cores_are_told_as_taskset_takes_them(monkeypatch: pytest.MonkeyPatch, t
 def test_what_is_no_list_of_cores(text: str) -> None:
     with pytest.raises(InvalidInput, match="no list of cores"):
         _options(1, text, [])
+
+
+@pytest.mark.skipif(len(ALLOWED) < 2, reason="this process may use one core only")
+@pytest.mark.parametrize("backend", ["cpu-onnxruntime", "cpu-litert"])
+def test_one_thread_moves_from_core_to_core(backend: str) -> None:
+    def moving(threads: int, *cores: int) -> backends.Movable:
+        found = backends.create(backend, Options(threads=threads, cores=cores))
+        assert isinstance(found, backends.Movable)
+        return found
+
+    last, first = ALLOWED[-1], ALLOWED[0]
+    two = moving(1, last, first)
+    try:
+        went = []
+        for _ in range(3):
+            assert two.move()
+            went.append(os.sched_getaffinity(0))
+        assert went == [{last}, {first}, {last}]
+        assert not moving(1, first).move(), "there is no other"
+        assert not moving(1).move(), "the system chooses"
+        assert not moving(2, last, first).move(), "both are needed"
+        assert os.sched_getaffinity(0) == {last}
+        with pytest.raises(backends.Unreachable, match="core 4096"):
+            moving(1, last, 4096).move()
+    finally:
+        os.sched_setaffinity(0, ALLOWED)
 
 
 def test_cores_must_be_had_and_suffice() -> None:

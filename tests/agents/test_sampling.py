@@ -217,12 +217,25 @@ def test_a_tool_that_tells_means_is_run_in_rounds() -> None:
 
 
 class Disturbed:
-    """A device on which everything takes half as long again in some spells, and the clock that its runs move on."""
+    """A device on which everything takes half as long again in some spells, and the clock that its runs move on. It may
+    have another core, with spells of its own."""
 
-    def __init__(self, spells: list[tuple[float, float]], monkeypatch: pytest.MonkeyPatch) -> None:
-        self.spells = spells
+    def __init__(
+        self, spells: list[tuple[float, float]], monkeypatch: pytest.MonkeyPatch,
+        elsewhere: list[tuple[float, float]] | None = None,
+    ) -> None:  # fmt: skip
+        self.spells, self.elsewhere = spells, elsewhere
+        self.moves = 0
         self.now = 0.0
         monkeypatch.setattr(sampling.time, "perf_counter", lambda: self.now)
+
+    def move(self) -> bool:
+        if self.elsewhere is None:
+            return False
+        if self.moves:  # the first time it is told where to begin
+            self.spells, self.elsewhere = self.elsewhere, self.spells
+        self.moves += 1
+        return True
 
     def graph(self, latency_ms: float, told: list[float]):
         def time(runs: int) -> list[float]:
@@ -298,6 +311,20 @@ def test_a_device_that_is_quiet_now_and_then_is_worth_waiting_for(monkeypatch: p
     device = Disturbed([(0.2, 1e9)], monkeypatch)
     sampled = sample([device.graph(3.0, [])], [device.graph(2.0, [])], plan, seed=0, patience_s=600.0)
     assert 5 <= sampled.disturbed_s < 5 + 2, "not for one that was quiet once"
+
+
+def test_a_disturbed_core_is_left_for_a_quiet_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    for elsewhere, moves, waited_s in (([(0.0, 0.3), (1.1, 9.0)], 2, 0.2), ([(0.0, 9.0)], None, 0.7), (None, 0, 0.7)):
+        device = Disturbed([(0.3, 1.0)], monkeypatch, elsewhere)
+        told: list[float] = []
+        plan = SPELLS_PLAN.model_copy(update=dict.fromkeys(("min_runs", "settle_runs", "max_runs"), 400))
+        graph, canary = device.graph(3.0, told), device.graph(2.0, [])
+        sampled = sample([graph], [canary], plan, seed=0, patience_s=60.0, move=device.move)
+        assert sampled.graphs[0].times_ms == [3.0] * 400
+        assert [told[position] for position in sampled.graphs[0].positions] == [3.0] * 400
+        assert sampled.moves == max(0, device.moves - 1)
+        assert sampled.disturbed_s < waited_s + 0.1
+        assert moves is None or sampled.moves == moves
 
 
 def test_where_any_speed_will_do_nothing_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
