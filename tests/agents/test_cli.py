@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 from typer.testing import CliRunner
 
-from device_agents import backends, ort_session
+from device_agents import backends, cli, ort_session
 from device_agents.backends import Options
 from device_agents.cli import _options, app
 from lut_db.canary import canary
@@ -136,3 +137,22 @@ def test_an_open_batch_is_one_and_integers_are_zeros(tmp_path: Path) -> None:
     (given,) = ort_session.made_up(session).values()
     assert given.dtype == np.int64
     assert given.tolist() == [[0] * 7]
+
+
+def test_a_signal_that_comes_while_one_is_answered_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answered too, it would wait for ever for what the first one holds."""
+    told = []
+
+    def stop(agent: cli.Agent) -> None:
+        told.append(agent)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(cli.Agent, "stop", stop)
+    monkeypatch.setattr(cli, "serve_all", lambda agents: signal.raise_signal(signal.SIGTERM))
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        cli._serve("cpu-onnxruntime", "http://127.0.0.1:9", None, Options(), max_operators=1)
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+    assert len(told) == 1
