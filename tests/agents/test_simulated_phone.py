@@ -48,7 +48,7 @@ from tests.phones import RunningPhone, phone
 TMP = "/data/local/tmp"
 BENCHMARK = f"{TMP}/benchmark_model --graph={TMP}/conv.tflite --min_secs=0 --warmup_min_secs=0 --num_threads=1"
 PERF_TEST = "onnxruntime_perf_test -I -e cpu -m times -x 1 -y 1 -S 0"
-PATIENCE_S = 30.0
+PATIENCE_S = 120.0
 GONE = (
     OSError, exceptions.AdbConnectionError, exceptions.AdbTimeoutError, exceptions.TcpTimeoutException,
     exceptions.InvalidCommandError, exceptions.AdbCommandFailureException,

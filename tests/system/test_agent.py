@@ -61,7 +61,7 @@ def test_a_report_that_the_service_does_not_take_is_a_failure_and_the_agent_goes
         lab.start_server()
         agent = lab.start_agent()
         (key, operator), (other, small), *_ = OPERATORS.items()
-        long = PLAN.model_copy(update={"context": "isolated", "min_runs": 4000, "settle_runs": 4000, "max_runs": 4000})
+        long = PLAN.model_copy(update={"context": "isolated", "min_runs": 3000, "settle_runs": 3000, "max_runs": 3000})
         lab.ask(lab.open_pin(long), {key: operator})
         wait_until(lambda: not lab.queue(), "the queue is empty")
         (row,) = lab.rows()

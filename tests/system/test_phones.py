@@ -47,7 +47,6 @@ more: the tools print microseconds, so seconds for milliseconds is a thousand.""
 SERVICE = {"PROFILER_LEASE_S": "6", "PROFILER_REFUSAL_PAUSE_S": "0.5", "PROFILER_REFERENCE_OPERATORS": "0"}
 OPERATORS = 140
 """For each tool, in the long test: with what has to be repeated, more than 200 leases."""
-PATIENCE_S = 240.0
 CRASHES, FAILS = 5, 6
 """Which operators crash the tool wherever they run, and which it cannot run."""
 
@@ -133,7 +132,7 @@ class Storm:
                 kill(self.agents[tool])
                 self.start_agent(tool)
             case "kill-child":
-                child = wait_until(lambda: measuring_child(self.agents[tool]), "the agent measures", PATIENCE_S)
+                child = wait_until(lambda: measuring_child(self.agents[tool]), "the agent measures")
                 child.kill()
             case "kill-server":
                 kill(self.lab.server)
@@ -164,7 +163,7 @@ class Storm:
 
     def _wait(self, tool: str, condition: Callable[[], bool]) -> bool:
         """Until it is so, or nothing is left to measure with a tool: whether it is so."""
-        wait_until(lambda: condition() or not self.queue(tool), "a fault strikes", PATIENCE_S)
+        wait_until(lambda: condition() or not self.queue(tool), "a fault strikes")
         return condition()
 
     def rage(self, kinds: list[str]) -> None:
