@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from harness import Figures, arguments, show, write
+from harness import Figures, agent, arguments, show, write
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
 
@@ -148,7 +148,7 @@ def run(
     whole = WHOLE.model_copy(update=noise)
     length = {"carrier_length": round(float(np.median([len(network.nodes) for network in asked])))}
     with (
-        EmbeddedService(str(folder / "tables.sqlite"), folder, backend=backend, cores=cores) as service,
+        EmbeddedService(str(folder / "tables.sqlite"), folder, agent=agent(backend, cores)) as service,
         ProfilerClient(service.url, patience_s=PATIENCE_S, still_there=service.check) as client,
     ):
         first = latencies(client, service.target, test, whole)

@@ -24,6 +24,11 @@ def arguments(description: str, extra: Sequence[tuple[str, dict]] = ()) -> argpa
     return parser.parse_args()
 
 
+def agent(backend: str, cores: str | None) -> list[str]:
+    """What a service beside a benchmark measures with, as `device-agent` takes it."""
+    return [backend, *(("--cores", cores) if cores else ())]
+
+
 def show(title: str, figures: Figures, formats: Mapping[str, str]) -> None:
     """Prints one row for each case; `formats` names the columns and says how to write their values."""
     table = Table(title=title, title_justify="left")

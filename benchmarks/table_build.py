@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 from fidelity import sub_networks
-from harness import Figures, arguments, show, write
+from harness import Figures, agent, arguments, show, write
 from numpy.typing import NDArray
 
 from device_agents import backends, evidence
@@ -62,7 +62,7 @@ def through_the_system(
     speeds: dict[str, list[float]] = {"slowness": [], "heavy_slowness": []}
     wanted = operators(asked_for)
     each = [Network.of(operator) for operator in wanted]
-    with EmbeddedService(str(folder / "tables.sqlite"), folder, backend=backend, cores=cores) as service:
+    with EmbeddedService(str(folder / "tables.sqlite"), folder, agent=agent(backend, cores)) as service:
         for name, plan in PLANS.items():
             rows, seconds, leases = [], 0.0, []
             for seed in range(builds):

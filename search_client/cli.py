@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -42,6 +43,10 @@ def run(
     database: Annotated[
         str | None, typer.Option(help="File or URL of the tables of the service that is started beside the search.")
     ] = None,
+    agent: Annotated[
+        str | None,
+        typer.Option(help="What that service measures with, as device-agent takes it: 'cpu-litert --cores 0-1'."),
+    ] = None,
     patience: Annotated[
         float, typer.Option(min=1, help="Seconds without any new measurement after which the search gives up.")
     ] = 900.0,
@@ -49,14 +54,20 @@ def run(
     """Runs a search and writes its report to a folder named as the recipe."""
     console = Console(highlight=False)
     again = f"search-client run {recipe} --resume" + "".join(
-        f" {name} {value}"
-        for name, value in (("--server", server), ("--target", target), ("--out", out), ("--database", database))
+        f" --{name} {shlex.quote(str(value))}"
+        for name, value in (
+            ("server", server), ("target", target), ("out", out), ("database", database), ("agent", agent)
+        )
         if value is not None and value != Path("runs")
-    )
+    )  # fmt: skip
     with _explained(f"go on with: {again}"):
         if server is not None and database is not None:
             raise InvalidInput(
                 "a service elsewhere has its own tables", field="database", remedy="leave --server or --database out"
+            )
+        if server is not None and agent is not None:
+            raise InvalidInput(
+                "a service elsewhere has its own agents", field="agent", remedy="leave --server or --agent out"
             )
         with console.status("loading") if console.is_terminal else _nothing():
             # torch takes seconds to import; --help and mistyped options do not wait for it.
@@ -68,8 +79,9 @@ def run(
 
             parsed = recipes.load(recipe)
         options = Options(
-            out=out, server=server, target=target, pin=pin, resume=resume, database=database, patience_s=patience
-        )
+            out=out, server=server, target=target, pin=pin, resume=resume, database=database,
+            agent=_words(agent) if agent else Options.agent, patience_s=patience,
+        )  # fmt: skip
         result = run_search(parsed, options, Reporter(console))
         console.print()
         console.print(report.summary(result))
@@ -112,6 +124,13 @@ def list_() -> None:
     for name in metrics.names():
         metric = metrics.load(name)
         console.print(f"metric {name} ({metric.unit}): {metric.description}", markup=False)
+
+
+def _words(agent: str) -> list[str]:
+    try:
+        return shlex.split(agent)
+    except ValueError as error:
+        raise InvalidInput(f"{agent!r}: {error}", field="agent", remedy="close the quotation") from error
 
 
 @contextmanager

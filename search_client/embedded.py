@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -37,6 +37,9 @@ WATCH_S = 0.5
 RESTARTS = 5
 """How often a child that died by itself is started again."""
 TAIL_LINES = 15
+
+AGENT = "cpu-onnxruntime"
+"""What measures where nothing else is said."""
 
 LISTENING = re.compile(r"(https?://[^\s/\"']+:\d+)")
 REGISTERED = re.compile(r"registered (\S+) as ([0-9a-f]{16})")
@@ -116,8 +119,8 @@ class EmbeddedService:
     """`profiler-server` on a free loopback port and `device-agent` beside it, as a context manager.
 
     `url` is where the service listens and `target` the key of what the agent measures. `database` is a file or an
-    SQLAlchemy URL; a file is held by one search at a time. `cores` are those that the agent may use, as
-    `device-agent --cores` takes them; its default where there are none.
+    SQLAlchemy URL; a file is held by one search at a time. `agent` is the backend that measures and its options, as
+    `device-agent` takes them.
     """
 
     def __init__(
@@ -125,15 +128,14 @@ class EmbeddedService:
         database: str,
         logs: Path,
         *,
-        backend: str = "cpu-onnxruntime",
-        cores: str | None = None,
+        agent: Sequence[str] = (AGENT,),
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.database = database_url(database)
         self.url = ""
         self.target = ""
         self._logs = logs
-        self._agent = [backend, *(() if cores is None else ("--cores", cores))]
+        self._agent = agent
         self._tell = tell
         self._children: list[_Child] = []
         self._watcher: threading.Thread | None = None

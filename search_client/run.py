@@ -45,7 +45,7 @@ from search_client.client import ProfilerClient, UnknownRecord, Waiting
 from search_client.data import Data
 from search_client.description import Description
 from search_client.elastic import SuperNetwork
-from search_client.embedded import EmbeddedService
+from search_client.embedded import AGENT, EmbeddedService
 from search_client.optimizers import mcd
 from search_client.progress import Reporter, Task
 from search_client.recipe import Recipe
@@ -75,7 +75,8 @@ class Options:
     """Where a search runs, beside what its recipe says.
 
     `server` is the URL of a service; without it one is started over `database` (a file or URL; a file in `out` by
-    default). `target` picks one of several targets, `pin` goes on with the view of another search.
+    default), with the backend that measures and its options in `agent`. `target` picks one of several targets, `pin`
+    goes on with the view of another search.
     """
 
     out: Path = Path("runs")
@@ -84,6 +85,7 @@ class Options:
     pin: int | None = None
     resume: bool = False
     database: str | None = None
+    agent: Sequence[str] = (AGENT,)
     patience_s: float = 900.0
 
 
@@ -129,7 +131,7 @@ def _service(options: Options, reporter: Reporter) -> Iterator[tuple[str, Embedd
         return
     database = options.database or str(options.out / DATABASE)
     reporter.say(f"starting a profiling service over {database} and an agent for this machine")
-    with EmbeddedService(database, options.out / "logs", tell=reporter.say) as embedded:
+    with EmbeddedService(database, options.out / "logs", agent=options.agent, tell=reporter.say) as embedded:
         reporter.say(f"service on {embedded.url}, target {embedded.target}")
         yield embedded.url, embedded
 

@@ -11,20 +11,24 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx
 import onnx
 import pytest
 import yaml
 from rich.console import Console
 from table_server import CORRECTION, TARGET, Table, serve
+from typer.testing import CliRunner
 
 from lut_db.errors import InvalidInput
 from lut_db.targets import Target
 from lut_db.wire import TargetState
 from search_client import networks, recipe
 from search_client import run as run_module
+from search_client.cli import INVALID, app
 from search_client.embedded import EmbeddedService, EmbeddedServiceFailed, database_url
 from search_client.progress import Reporter
 from search_client.run import Options, RunFolder, RunFolderInUse, calibration_architectures, choose_target
@@ -252,6 +256,29 @@ def test_an_embedded_service_that_cannot_start_shows_its_log(tmp_path: Path) -> 
     database.write_bytes(b"these are no tables " * 100)
     with pytest.raises(EmbeddedServiceFailed, match=r"profiler-server ended with status 1(.|\n)*log"):
         EmbeddedService(str(database), tmp_path / "logs").__enter__()
+
+
+def test_an_embedded_service_measures_with_the_agent_it_is_told(tmp_path: Path) -> None:
+    agent = ["cpu-litert", "--cores", "0", "--setting", "xnnpack=off"]
+    with EmbeddedService(str(tmp_path / "tables.sqlite"), tmp_path / "logs", agent=agent) as service:
+        (target,) = httpx.get(f"{service.url}/v1/targets").raise_for_status().json()
+    assert target["key"] == service.target
+    fields = target["target"]
+    assert (fields["runtime"], fields["cores"], fields["options"]["xnnpack"]) == ("litert", [0], "off")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (("--agent", "cpu-litert", "--server", "http://127.0.0.1:9"), "leave --server or --agent out"),
+        (("--agent", "cpu-litert 'a"), "close the quotation"),
+    ],
+)
+def test_agents_that_cannot_be_are_refused_with_the_remedy(arguments: Sequence[str], remedy: str) -> None:
+    done = CliRunner().invoke(app, ["run", "recipes/digits.yaml", *arguments])
+    assert done.exit_code == INVALID
+    assert "agent" in done.stderr
+    assert remedy in done.stderr
 
 
 def test_databases_by_file_or_url(tmp_path: Path) -> None:
