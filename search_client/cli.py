@@ -61,14 +61,12 @@ def run(
         if value is not None and value != Path("runs")
     )  # fmt: skip
     with _explained(f"go on with: {again}"):
-        if server is not None and database is not None:
-            raise InvalidInput(
-                "a service elsewhere has its own tables", field="database", remedy="leave --server or --database out"
-            )
-        if server is not None and agent is not None:
-            raise InvalidInput(
-                "a service elsewhere has its own agents", field="agent", remedy="leave --server or --agent out"
-            )
+        for field, own, value in (("database", "tables", database), ("agent", "agents", agent)):
+            if server is not None and value is not None:
+                raise InvalidInput(
+                    f"a service elsewhere has its own {own}", field=field, remedy=f"leave --server or --{field} out"
+                )
+        words = _words(agent) if agent else None
         with console.status("loading") if console.is_terminal else _nothing():
             # torch takes seconds to import; --help and mistyped options do not wait for it.
             from search_client import recipe as recipes
@@ -80,7 +78,7 @@ def run(
             parsed = recipes.load(recipe)
         options = Options(
             out=out, server=server, target=target, pin=pin, resume=resume, database=database,
-            agent=_words(agent) if agent else Options.agent, patience_s=patience,
+            agent=words or Options.agent, patience_s=patience,
         )  # fmt: skip
         result = run_search(parsed, options, Reporter(console))
         console.print()
