@@ -124,7 +124,10 @@ def check_cores(cores: Collection[int], threads: int) -> None:
 
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-MALLOC_HUGE_PAGES = "glibc.malloc.hugetlb=1"
+MALLOC_HUGE_PAGES = ("glibc.malloc.hugetlb=1", "glibc.malloc.mmap_max=0", f"glibc.malloc.top_pad={1 << 28}")
+"""Huge pages, and everything in one heap that grows by a quarter of a GiB: what the allocator maps by itself, as it
+does tensors, begins anywhere in a huge page and has none of its own where it ends before the next."""
+
 GLIBC_WITH_HUGE_PAGES = (2, 35)
 TUNABLES = "GLIBC_TUNABLES"
 
@@ -154,8 +157,8 @@ def huge_page_environment(wanted: bool) -> dict[str, str]:
     """The environment in which the allocator asks for huge pages; it reads it once, when a process starts."""
     if not wanted:
         return {}
-    others = [item for item in os.environ.get(TUNABLES, "").split(":") if item and item != MALLOC_HUGE_PAGES]
-    return {TUNABLES: ":".join([*others, MALLOC_HUGE_PAGES])}
+    others = [item for item in os.environ.get(TUNABLES, "").split(":") if item and item not in MALLOC_HUGE_PAGES]
+    return {TUNABLES: ":".join([*others, *MALLOC_HUGE_PAGES])}
 
 
 def huge_page_mib() -> float | None:

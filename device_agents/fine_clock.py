@@ -1,13 +1,12 @@
-"""Profiles in nanoseconds, from runtimes that count microseconds.
+"""Times of kernels in nanoseconds, from runtimes whose profilers count microseconds.
 
-ONNX Runtime's and XNNPACK's profilers round what an operator took down to whole microseconds, which is what many
-operators take: a network's sum is off by a percent, always the same way for the same operators, so that no repetition
-evens it out. The processes that measure are therefore started with a small library (`fine_clock.c`, compiled when it is
-first wanted) in front of all others, and in it a clock which, for the runtime's library alone, is a thousand times as
-fast. Where it cannot be had, profiles are in microseconds.
-
-ONNX Runtime's profiler also does most of its own work, two to three microseconds for every kernel, between the readings
-around that kernel. The clock stands still then.
+Profilers round what an operator took down to whole microseconds, which is what many operators take: a network's sum is
+off by a percent, always the same way for the same operators, so that no repetition evens it out. The processes that
+measure are therefore started with a small library (`fine_clock.c`, compiled when it is first wanted) in front of all
+others. For XNNPACK's profiler, which does little else than read the clock, there is a clock in it that is a thousand
+times as fast (`Clock`). ONNX Runtime's takes longer around a kernel than many kernels do, and fills the caches; so its
+kernels are told apart without it, by the objects that it makes for their results (`Tracer`, read by `ort_marks.py`).
+Where the library cannot be had, profiles are in microseconds.
 """
 
 from __future__ import annotations
@@ -21,17 +20,21 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import ClassVar, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from device_agents.backends import Check, NodeTimes, Unreachable, Unsupported
 from device_agents.settings import wish
 from lut_db.errors import InvalidInput
 
-SETTING = {"fine_clock": "on or off: profiles in nanoseconds; on by default where there is a C compiler"}
+SETTING = {"fine_clock": "on or off: kernels in nanoseconds; on by default where there is a C compiler"}
 SOURCE = Path(__file__).with_suffix(".c")
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-O2", "-shared", "-fPIC")
@@ -40,6 +43,10 @@ PRELOAD = "LD_PRELOAD"
 SEPARATORS = " :"
 PROBE = "import ctypes; ctypes.CDLL(None).latency_lab_fine_clock"
 MICROSECOND_MS = 1e-3
+ENTRY = np.dtype([("ns", np.int64), ("place", np.int64)])
+"""An entry of a trace: when, by the monotonic clock, and where in a library's code; below zero, it read the clock."""
+
+T = TypeVar("T")
 ROUNDING = 1.01
 """How far a profile's sum may be beyond the time that passed, beside a tick for each entry."""
 
@@ -144,66 +151,98 @@ def _preloaded() -> ctypes.CDLL | None:
     if not hasattr(libraries, "latency_lab_fine_clock"):
         return None
     libraries.latency_lab_fine_clock_readings.restype = ctypes.c_int64
-    libraries.latency_lab_fine_clock_stops.restype = ctypes.c_int64
+    libraries.latency_lab_traced.restype = ctypes.c_int64
+    libraries.latency_lab_trace.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64]
+    libraries.latency_lab_trace.restype = None
     return libraries
+
+
+def _refused(library: str) -> Unreachable:
+    return Unreachable(
+        f"fine_clock=on, but this process was started without its library, or {library} is not in it: start the agent "
+        "again, or set fine_clock=off"
+    )
 
 
 class Clock:
     """What the profiler of one session counts in.
 
     `library` is part of the name of the file that has the profiler in it, which must have been loaded. It gets the fine
-    clock if this process was started with one. `still`: it leaves out what ONNX Runtime's profiler does around kernels,
-    where a session has one thread; the threads of others read the clock in kernels too. Raises Unreachable where the
-    setting says so and the process was not started so.
+    clock if this process was started with one. Raises Unreachable where the setting says so and the process was not
+    started so.
     """
 
-    def __init__(self, library: str, settings: Mapping[str, str], *, still: bool = False):
+    def __init__(self, library: str, settings: Mapping[str, str]):
         wished = wish(settings, "fine_clock")
         self.libraries = None if wished is False else _preloaded()
         factor = 1
         if self.libraries is not None:
-            factor = int(self.libraries.latency_lab_fine_clock(library.encode(), int(still)))
+            factor = int(self.libraries.latency_lab_fine_clock(library.encode()))
         if factor == 1 and wished:
-            raise Unreachable(
-                f"fine_clock=on, but this process was started without its library, or {library} is not in it: start "
-                "the agent again, or set fine_clock=off"
-            )
-        self.tick_ms = MICROSECOND_MS / max(factor, 1)
-        self.readings = self.stops = 0
+            raise _refused(library)
+        self.tick_ms = MICROSECOND_MS / factor
+        self.readings = 0
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Around every run of the session: how often it read the fine clock, and how often that had stood still
-        before. There are others in the process."""
-        readings, stops = self._count()
+        """Around every run of the session: how often it read the fine clock. There are others in the process."""
+        readings = self._count()
         yield
-        now_readings, now_stops = self._count()
-        self.readings += now_readings - readings
-        self.stops += now_stops - stops
+        self.readings += self._count() - readings
 
-    def _count(self) -> tuple[int, int]:
-        if self.libraries is None:
-            return 0, 0
-        return (
-            int(self.libraries.latency_lab_fine_clock_readings()),
-            int(self.libraries.latency_lab_fine_clock_stops()),
-        )
+    def _count(self) -> int:
+        return 0 if self.libraries is None else int(self.libraries.latency_lab_fine_clock_readings())
 
     def believed(self, times: NodeTimes, passed_ms: float) -> NodeTimes:
         """A profile of runs that took so long in all. Raises Unsupported where it was not taken by the clock that it
-        was given, tells more time than passed, or has the profiler's own work in some of its entries alone."""
+        was given, or tells more time than passed."""
         entries = len(times.total_ms) * int(times.events.sum())
         if self.tick_ms < MICROSECOND_MS and self.readings < entries:
             raise Unsupported(
                 f"the profiler read the fine clock {self.readings} times for {entries} entries: it has another; set "
                 "fine_clock=off"
             )
-        if 0 < self.stops < entries:
-            raise Unsupported(
-                f"the fine clock left out the profiler's own work in {self.stops} of {entries} entries; set "
-                "fine_clock=off"
-            )
         told_ms = float(times.total_ms.sum())
         if told_ms > ROUNDING * passed_ms + entries * self.tick_ms:
             raise Unsupported(f"the profile tells {told_ms:.4g} ms of runs that took {passed_ms:.4g} ms")
         return times
+
+
+class Tracer:
+    """Writes down when a library makes objects, and from which places in its code, and when it reads the clock.
+
+    `library` as for `Clock`. There is one in a process; what it wrote down is overwritten by the next trace.
+    """
+
+    _room: ClassVar[NDArray[np.void]] = np.zeros(0, dtype=ENTRY)
+
+    def __init__(self, libraries: ctypes.CDLL):
+        self.libraries = libraries
+
+    @classmethod
+    def of(cls, library: str, settings: Mapping[str, str]) -> Tracer | None:
+        """None where the setting is off, or is not given and this process was started without the fine clock. Raises
+        Unreachable where it is on and cannot be had."""
+        wished = wish(settings, "fine_clock")
+        libraries = None if wished is False else _preloaded()
+        if libraries is not None and libraries.latency_lab_can_trace(library.encode()):
+            return cls(libraries)
+        if wished:
+            raise _refused(library)
+        return None
+
+    def trace(self, work: Callable[[], T], room: int, places: NDArray[np.int64] | None = None) -> tuple[T, NDArray]:
+        """What `work` returns, and what the library did meanwhile on this thread, shape (entries,) of `ENTRY`: at these
+        places of its code, or at all. Raises Unsupported where that is more than there is room for."""
+        if len(self._room) < room:
+            type(self)._room = np.ones(room, dtype=ENTRY)  # written to, so that the trace waits for no memory
+        kept = np.zeros(0, dtype=np.int64) if places is None else np.ascontiguousarray(places, dtype=np.int64)
+        entries = type(self)._room
+        self.libraries.latency_lab_trace(entries.ctypes.data, len(entries), kept.ctypes.data, len(kept))
+        try:
+            result = work()
+        finally:
+            count = int(self.libraries.latency_lab_traced())
+        if count > len(entries):
+            raise Unsupported(f"this graph makes {count} objects, more than the {len(entries)} that are traced")
+        return result, entries[:count].copy()

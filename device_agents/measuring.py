@@ -317,7 +317,7 @@ def _graph_failures(
 def _load_twins(backend: Backend, graphs: Sequence[_Graph]) -> list[tuple[_Graph, Loaded]]:
     """Some profiled carriers, those that have the least to do at each node, loaded once more without a profiler, which
     shows what profiling itself costs."""
-    profiled = [graph for graph in graphs if graph.places]
+    profiled = [graph for graph in graphs if graph.places and graph.loaded.profiler_runs]
     long = max((len(graph.network.nodes) for graph in profiled), default=0) / 2
     profiled = [graph for graph in profiled if len(graph.network.nodes) >= long]
     twins = []
@@ -472,7 +472,7 @@ def _energies(
         bursts = []
         for graph, record in wanted:
             loaded = graph.loaded
-            if graph.places:  # what a profiler does costs energy too
+            if loaded.profiler_runs:  # what it does costs energy too
                 loaded = spare.get(id(graph)) or backend.load(graph.network, profile=False)
                 loaded.time(CANARY_WARMUP_RUNS)
             bursts.append(energy.Burst(loaded.time, float(np.median(record.times_ms))))

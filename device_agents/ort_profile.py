@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from numpy.typing import NDArray
 
 from device_agents.backends import NodeTimes, Unsupported
 from lut_db.lowering.onnx import node_number
@@ -26,6 +25,7 @@ CHANNELS_LAST = [0, 2, 3, 1]
 """The permutation of axes that plain maps, (N, C, H, W), undergo before an int8 convolution."""
 COPIES = frozenset({"MemcpyFromHost", "MemcpyToHost"})
 KERNEL = "_kernel_time"
+TICK_MS = 1e-3
 
 Owners = Mapping[str, tuple[int, bool]]
 """For a node of the optimised graph: the network's node that it is charged to, and whether it converts a layout."""
@@ -131,28 +131,43 @@ def elsewhere(events: Sequence[Mapping[str, Any]], provider: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def node_times(events: Sequence[Mapping[str, Any]], owners: Owners, nodes: int, tick_ms: float = 1e-3) -> NodeTimes:
-    """Adds up a profile's events, run by run. Durations in a profile are whole ticks, microseconds by default."""
-    runs: list[NDArray[np.float64]] = []
-    current = np.zeros((2, nodes))
+def kernels_by_run(events: Sequence[Mapping[str, Any]]) -> list[list[tuple[str, float]]]:
+    """The kernels of each run in the order of running: the node's name, and how many ticks it took.
+
+    Raises Unsupported where the profile holds no run.
+    """
+    runs: list[list[tuple[str, float]]] = []
+    current: list[tuple[str, float]] = []
     for event in events:
         if _is_kernel(event):
-            name = event["name"].removesuffix(KERNEL)
-            if name not in owners:
-                raise Unsupported(f"the profile names a node {name!r} that the optimised graph does not have")
-            number, layout = owners[name]
-            milliseconds = event["dur"] * tick_ms
-            current[0, number] += milliseconds
-            if layout:
-                current[1, number] += milliseconds
+            current.append((event["name"].removesuffix(KERNEL), event["dur"]))
         elif event.get("cat") == "Session" and event["name"] == "model_run":
             runs.append(current)
-            current = np.zeros((2, nodes))
+            current = []
     if not runs:
         raise Unsupported("the profile holds no run")
-    times = np.stack(runs)
+    return runs
+
+
+def charge(name: str, owners: Owners) -> tuple[int, bool]:
+    """The network's node that a kernel is charged to, and whether it converts a layout. Raises Unsupported."""
+    if name not in owners:
+        raise Unsupported(f"the profile names a node {name!r} that the optimised graph does not have")
+    return owners[name]
+
+
+def node_times(events: Sequence[Mapping[str, Any]], owners: Owners, nodes: int) -> NodeTimes:
+    """Adds up a profile's events, run by run. Durations in a profile are whole microseconds."""
+    runs = kernels_by_run(events)
+    total_ms, layout_ms = np.zeros((len(runs), nodes)), np.zeros((len(runs), nodes))
+    for run, kernels in enumerate(runs):
+        for name, ticks in kernels:
+            number, layout = charge(name, owners)
+            total_ms[run, number] += ticks * TICK_MS
+            if layout:
+                layout_ms[run, number] += ticks * TICK_MS
     events_by_node = np.bincount([number for number, _ in owners.values()], minlength=nodes)
-    return NodeTimes(total_ms=times[:, 0], layout_ms=times[:, 1], events=events_by_node, tick_ms=tick_ms)
+    return NodeTimes(total_ms=total_ms, layout_ms=layout_ms, events=events_by_node, tick_ms=TICK_MS)
 
 
 def _is_kernel(event: Mapping[str, Any]) -> bool:

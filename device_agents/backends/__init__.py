@@ -61,11 +61,11 @@ class Options:
 
 @dataclass(frozen=True)
 class NodeTimes:
-    """What a runtime's own profiler says: a row for each latency that `Loaded.time` returned, a column for each node.
+    """What nodes took: a row for each latency that `Loaded.time` returned, a column for each node.
 
-    `total_ms` includes `layout_ms`: layout conversions charged to the node. `events[node]` counts the entries of the
-    profile that were added up for a node in one run: each carries the profiler's own cost. `tick_ms` is what the
-    profiler counts in, where that is known.
+    `total_ms` includes `layout_ms`: layout conversions charged to the node. `events[node]` counts the entries of a
+    profile that were added up for a node in one run: each carries the profiler's own cost. `tick_ms` is what times are
+    counted in, where that is known.
     """
 
     total_ms: NDArray[np.float64]
@@ -76,6 +76,10 @@ class NodeTimes:
 
 class Loaded(Protocol):
     """A network that is ready to run."""
+
+    @property
+    def profiler_runs(self) -> bool:
+        """Whether a profiler runs along, and takes time of its own."""
 
     def time(self, runs: int) -> Sequence[float]:
         """Runs it that often. Latencies in ms, as told by whatever is nearest to the runtime: one for each run, or

@@ -586,6 +586,10 @@ class _Model:
     expected_ms: float
     times: list[NodeTimes] = field(default_factory=list)
 
+    @property
+    def profiler_runs(self) -> bool:
+        return self.profiled is not None
+
     def time(self, runs: int) -> list[float]:
         limit_s = self.backend.setup.timeout_s + SLOWER * (runs + 1) * self.expected_ms / 1e3
         start = self.backend.start(self.path, runs, self.profiled, limit_s)

@@ -307,6 +307,7 @@ class _Session:
         samples: Samples | None = None,
     ):  # fmt: skip
         self.backend = backend
+        self.profiler_runs = profile
         self.library = library = _library()
         made: list[tuple[str, c_void_p]] = []
         # The runtime reads these where they are: the model with its weights, and the options.

@@ -12,17 +12,17 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from device_agents import energy, evidence, fine_clock, ort_profile, ort_session
+from device_agents import energy, evidence, fine_clock, ort_marks, ort_profile, ort_session
 from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
 from device_agents.settings import choice
 from lut_db.errors import InvalidInput
@@ -35,7 +35,13 @@ INT8_KERNELS = ("all", "extended")
 """Optimisations that put int8 kernels in place of float32 between quantisers."""
 
 LIBRARY = "onnxruntime_pybind11_state"
-"""In the name of the library's file, which has the profiler in it."""
+"""In the name of the library's file, which has the runtime in it."""
+
+PLAIN_RUNS = 3
+"""Runs from which it is told what a graph makes in each."""
+
+ANY_OBJECTS = 1 << 20
+"""Room for all that a run makes, with a profiler: some seventy objects a kernel."""
 
 SETTINGS = {
     **ort_session.SETTING,
@@ -108,7 +114,17 @@ class CpuOnnxruntime:
         return energy.of_processor(self.options.settings)
 
     def load(self, model: Network | Path, *, profile: bool) -> Loaded:
-        return _Session(model, self.options, self.level, profile, self.precision)
+        settings = ort_session.session_options(self.options.threads, self.level)
+        if not profile:
+            said = (
+                ort_session.path_of(model, self.precision) if isinstance(model, Path)
+                else _lowered(model, self.precision)
+            )  # fmt: skip
+            return _Session(ort_session.open_session(said, settings))
+        assert isinstance(model, Network), "only networks can be profiled"
+        profiled = _Profile(model, settings, self.precision)
+        tracer = fine_clock.Tracer.of(LIBRARY, self.options.settings)
+        return _Profiled(profiled) if tracer is None else _Marked(profiled, tracer)
 
     def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
         model = to_onnx(network, weights, precision=self.precision, samples=[inputs]).SerializeToString()
@@ -124,47 +140,104 @@ def _lowered(network: Network, precision: Precision) -> bytes:
 
 
 class _Session:
-    def __init__(self, model: Network | Path, options: Options, level: str, profile: bool, precision: Precision):
-        settings = ort_session.session_options(options.threads, level)
-        self.folder = tempfile.TemporaryDirectory(prefix="onnxruntime-") if profile else None
-        if self.folder is not None:
-            settings.enable_profiling = True
-            settings.profile_file_prefix = os.path.join(self.folder.name, "profile")
-            settings.optimized_model_filepath = os.path.join(self.folder.name, "optimized.onnx")
-        said = (
-            ort_session.path_of(model, precision) if isinstance(model, Path)
-            else _lowered(model, precision)
-        )  # fmt: skip
-        self.session = ort_session.open_session(said, settings)
-        if self.folder is not None:
-            assert isinstance(model, Network), "only networks can be profiled"
-            self.nodes = len(model.nodes)
-            # Only the graph is wanted; the weights would fill the disk.
-            optimized = Path(settings.optimized_model_filepath)
-            self.owners = ort_profile.owners_in_graph(onnx.load(optimized).graph, model)
-            optimized.unlink()
-            self.clock = fine_clock.Clock(LIBRARY, options.settings, still=options.threads == 1)
-        self.binding = ort_session.bind(self.session)
-        self.timed = 0
-        self.passed_ms = 0.0
+    profiler_runs = False
+
+    def __init__(self, session: onnxruntime.InferenceSession):
+        self.session = session
+        self.binding = ort_session.bind(session)
 
     def time(self, runs: int) -> list[float]:
         times_ms = []
-        self.timed += runs
-        with ort_session.judging(), nullcontext() if self.folder is None else self.clock.running():
+        with ort_session.judging():
             for _ in range(runs):
                 begin = time.perf_counter()
                 self.session.run_with_iobinding(self.binding)
                 times_ms.append((time.perf_counter() - begin) * 1e3)
+        return times_ms
+
+    def node_times(self) -> NodeTimes:
+        raise AssertionError("loaded without profile=True")
+
+
+class _Profile:
+    """A network in a session whose runs are profiled until that is ended."""
+
+    def __init__(self, network: Network, settings: onnxruntime.SessionOptions, precision: Precision):
+        self.nodes = len(network.nodes)
+        self.folder = tempfile.TemporaryDirectory(prefix="onnxruntime-")
+        settings.enable_profiling = True
+        settings.profile_file_prefix = os.path.join(self.folder.name, "profile")
+        settings.optimized_model_filepath = os.path.join(self.folder.name, "optimized.onnx")
+        self.session = ort_session.open_session(_lowered(network, precision), settings)
+        # Only the graph is wanted; the weights would fill the disk.
+        optimized = Path(settings.optimized_model_filepath)
+        self.owners = ort_profile.owners_in_graph(onnx.load(optimized).graph, network)
+        optimized.unlink()
+
+    def end(self) -> Sequence[Mapping[str, Any]]:
+        events: list[dict[str, Any]] = json.loads(Path(self.session.end_profiling()).read_text())
+        self.folder.cleanup()
+        return events
+
+
+class _Profiled(_Session):
+    """Profiled in every run, in microseconds."""
+
+    profiler_runs = True
+
+    def __init__(self, profile: _Profile):
+        super().__init__(profile.session)
+        self.profile = profile
+        self.clock = fine_clock.Clock(LIBRARY, {"fine_clock": "off"})
+        self.timed = 0
+        self.passed_ms = 0.0
+
+    def time(self, runs: int) -> list[float]:
+        times_ms = super().time(runs)
+        self.timed += runs
         self.passed_ms += sum(times_ms)
         return times_ms
 
     def node_times(self) -> NodeTimes:
-        assert self.folder is not None, "loaded without profile=True"
-        path = Path(self.session.end_profiling())
-        events = json.loads(path.read_text())
-        self.folder.cleanup()
-        times = ort_profile.node_times(events, self.owners, self.nodes, self.clock.tick_ms)
+        times = ort_profile.node_times(self.profile.end(), self.profile.owners, self.profile.nodes)
         if len(times.total_ms) != self.timed:  # it keeps a million events
             raise Unsupported(f"ONNX Runtime's profile tells {len(times.total_ms)} of {self.timed} runs: plan fewer")
         return self.clock.believed(times, self.passed_ms)
+
+
+class _Marked(_Session):
+    """Profiled in its first runs alone, which show how to tell kernels apart afterwards."""
+
+    def __init__(self, profile: _Profile, tracer: fine_clock.Tracer):
+        super().__init__(profile.session)
+        self.tracer = tracer
+        self.nodes = profile.nodes
+        super().time(1)
+        _, profiled = self._trace(1, ANY_OBJECTS)
+        names = [name for name, _ in ort_profile.kernels_by_run(profile.end())[-1]]
+        super().time(1)
+        plain = [self._trace(1, ANY_OBJECTS)[1] for _ in range(PLAIN_RUNS)]
+        self.marks = ort_marks.find_marks(profiled, plain, len(names))
+        charges = [ort_profile.charge(name, profile.owners) for name in names]
+        self.charges = [charges[number] for number in self.marks.kernels]
+        for name, (node, _), mark in zip(names, charges, self.marks.within(len(names)), strict=True):
+            if node != self.charges[mark][0]:
+                raise Unsupported(f"ONNX Runtime makes nothing at which {name} begins; {ort_marks.REMEDY}")
+        self.durations_ns: list[NDArray[np.int64]] = []
+
+    def _trace(self, runs: int, room: int, places: NDArray[np.int64] | None = None) -> tuple[list[float], NDArray]:
+        return self.tracer.trace(lambda: super(_Marked, self).time(runs), room, places)
+
+    def time(self, runs: int) -> list[float]:
+        times_ms, trace = self._trace(runs, runs * len(self.marks.order), self.marks.places)
+        self.durations_ns.append(self.marks.durations_ns(trace, runs))
+        return times_ms
+
+    def node_times(self) -> NodeTimes:
+        durations_ms = np.concatenate(self.durations_ns) / 1e6
+        of_node = np.array([node for node, _ in self.charges])[:, None] == np.arange(self.nodes)
+        of_layout = of_node & np.array([layout for _, layout in self.charges])[:, None]
+        return NodeTimes(
+            total_ms=durations_ms @ of_node, layout_ms=durations_ms @ of_layout,
+            events=np.zeros(self.nodes, dtype=np.int64), tick_ms=1e-6,
+        )  # fmt: skip

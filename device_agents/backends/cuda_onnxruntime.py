@@ -205,6 +205,8 @@ class Sweep:
 
 
 class _Session:
+    profiler_runs = False
+
     def __init__(self, session: onnxruntime.InferenceSession, sweep: Sweep | None):
         self.session = session
         self.sweep = sweep

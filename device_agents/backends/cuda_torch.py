@@ -219,7 +219,7 @@ class _Session:
 
     def __init__(self, program: Program, profile: bool, swept: Tensor | None):
         self.program = program
-        self.profile = profile
+        self.profiler_runs = profile
         self.swept = swept
         device = program.inputs[0].device
         self.stream = torch.cuda.Stream(device)
@@ -262,12 +262,12 @@ class _Session:
                 self.graph.replay()
                 self.stream.synchronize()
                 times_ms.append(self.events[0].elapsed_time(self.events[-1]))
-                if self.profile:
+                if self.profiler_runs:
                     self.rows.append([begin.elapsed_time(end) for begin, end in pairwise(self.events)])
         return times_ms
 
     def node_times(self) -> NodeTimes:
-        assert self.profile, "loaded without profile=True"
+        assert self.profiler_runs, "loaded without profile=True"
         nodes = len(self.program.network.nodes)
         times_ms = np.array(self.rows, dtype=np.float64).reshape(-1, nodes)
         return NodeTimes(total_ms=times_ms, layout_ms=np.zeros_like(times_ms), events=np.ones(nodes, dtype=np.int64))

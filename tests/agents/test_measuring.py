@@ -427,6 +427,8 @@ def test_a_speed_that_changes_in_a_lease_is_refused(backend: backends.Backend, m
 class Failing:
     """What was loaded, and does not run."""
 
+    profiler_runs = False
+
     def time(self, runs: int) -> list[float]:
         raise LoadFailed("crashed", "signal 11")
 
@@ -497,6 +499,8 @@ def test_what_takes_less_than_a_tick_is_read_from_all_runs(monkeypatch: pytest.M
 
     class Ticking:
         """Each run is slower than the one before, and only the last one sees a tick go by in one operator."""
+
+        profiler_runs = True
 
         def __init__(self, network: Network) -> None:
             self.nodes = [node.operator.key for node in network.nodes]
