@@ -29,16 +29,20 @@ OUTSIDE = -1
 class Marks:
     """How a trace of one run tells kernels apart.
 
-    `places` are kept in traces, and `order` is the place of each of a run's entries, shape (entries,). With the entry
-    `first` a kernel begins, and `kernels` is its number, both of shape (marked kernels,) and ascending; with `end` the
-    last one is over.
+    `order` is the place of each of a run's entries, shape (entries,). With the entry `first` a kernel begins, and
+    `kernels` is its number, both of shape (marked kernels,) and ascending. At the place `end` something is made soon
+    after the last one, and now and then elsewhere.
     """
 
-    places: NDArray[np.int64]
     order: NDArray[np.int64]
     first: NDArray[np.intp]
     kernels: NDArray[np.intp]
     end: int
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """What is to be kept in a trace."""
+        return np.unique([*self.order, self.end])
 
     def within(self, kernels: int) -> NDArray[np.intp]:
         """For each of the kernels in the order of running, the mark between which and the next one it ran."""
@@ -50,12 +54,18 @@ class Marks:
         Raises Unsupported where a run did not make what it should.
         """
         entries = len(self.order)
-        if len(trace) != runs * entries or np.any(trace["place"].reshape(runs, entries) != self.order):
+        where = np.flatnonzero(trace["place"] != self.end)
+        if len(where) != runs * entries or np.any(trace["place"][where].reshape(runs, entries) != self.order):
             raise Unsupported(
-                f"ONNX Runtime made {len(trace)} objects in {runs} runs of a graph, not {entries} in each in the order "
+                f"ONNX Runtime made {len(where)} objects in {runs} runs of a graph, not {entries} in each in the order "
                 f"in which it made them before; {REMEDY}"
             )
-        return np.diff(trace["ns"].reshape(runs, entries)[:, [*self.first, self.end]], axis=1)
+        begins = where.reshape(runs, entries)[:, self.first]
+        ends = np.flatnonzero(trace["place"] == self.end)
+        ends = ends[np.searchsorted(ends[:-1], begins[:, -1])] if len(ends) else begins[:, -1]
+        if np.any(ends <= begins[:, -1]) or np.any(ends[:-1] > begins[1:, 0]):
+            raise Unsupported(f"ONNX Runtime did not make what it made before after the last kernel; {REMEDY}")
+        return np.diff(trace["ns"][np.column_stack([begins, ends])], axis=1)
 
 
 def find_marks(profiled: NDArray, plain: Sequence[NDArray], kernels: int) -> Marks:
@@ -88,20 +98,14 @@ def find_marks(profiled: NDArray, plain: Sequence[NDArray], kernels: int) -> Mar
     if 0 not in seen or not np.array_equal(made[kept], plainly[where]):
         raise Unsupported(f"ONNX Runtime's kernels cannot be told apart by what they make; {REMEDY}")
     of_kernels, entries = np.unique(owners[kept], return_index=True)
-    begins = where[entries[of_kernels != OUTSIDE]]
     # What the profiler makes too, strings, is none of the last kernel's own.
     own = [place for place in made[owners >= max(seen)].tolist() if usually[place] == now[place]]
-    behind = np.isin(plainly, list(steady.difference(own)))
-    behind[: begins[-1]] = False
+    behind = np.isin(plainly, list(steady.difference(own, places)))
+    behind[: where[entries[-1]]] = False
     if not behind.any():
         raise Unsupported(f"ONNX Runtime makes nothing after the last kernel, which has no end so; {REMEDY}")
-    end = int(np.argmax(behind))
-    places.append(int(plainly[end]))
-    order = np.flatnonzero(np.isin(plainly, places))
-    return Marks(
-        np.array(places, dtype=np.int64), plainly[order], np.searchsorted(order, begins),
-        of_kernels[of_kernels != OUTSIDE], int(np.searchsorted(order, end)),
-    )  # fmt: skip
+    inside = of_kernels != OUTSIDE
+    return Marks(plainly[where], entries[inside], of_kernels[inside], int(plainly[np.argmax(behind)]))
 
 
 def _owners(places: NDArray[np.int64], kernels: int) -> NDArray[np.intp]:

@@ -40,6 +40,9 @@ LIBRARY = "onnxruntime_pybind11_state"
 PLAIN_RUNS = 3
 """Runs from which it is told what a graph makes in each."""
 
+ROOM = 4
+"""How many entries a trace may have for each of a graph's, since what ends it is made elsewhere too."""
+
 ANY_OBJECTS = 1 << 20
 """Room for all that a run makes, with a profiler: some seventy objects a kernel."""
 
@@ -229,7 +232,7 @@ class _Marked(_Session):
         return self.tracer.trace(lambda: super(_Marked, self).time(runs), room, places)
 
     def time(self, runs: int) -> list[float]:
-        times_ms, trace = self._trace(runs, runs * len(self.marks.order), self.marks.places)
+        times_ms, trace = self._trace(runs, runs * ROOM * len(self.marks.order), self.marks.places)
         self.durations_ns.append(self.marks.durations_ns(trace, runs))
         return times_ms
 

@@ -98,12 +98,13 @@ SIMPLE = [Kernel([RESULT, 1], [5], [8], [9]), Kernel([RESULT], [], [8, 8], []), 
 
 @pytest.mark.parametrize(
     "places",
-    [[RESULT] * 3, [RESULT] * 4 + [31], [RESULT, RESULT, 3, 31], []], ids=["too few", "too many", "another", "nothing"],
+    [[RESULT, RESULT, 31], [*[RESULT] * 4, 31], [RESULT, RESULT, 3, 31], []],
+    ids=["too few", "too many", "another", "nothing"],
 )  # fmt: skip
 def test_a_run_that_makes_something_else_is_refused(places: list[int]) -> None:
     marks = find_marks(trace(profiled_run(SIMPLE)), [trace(plain_run(SIMPLE))], len(SIMPLE))
-    assert marks.order.tolist() == [*[RESULT] * 3, 31]
-    with pytest.raises(Unsupported, match="not 4 in each in the order in which it made them before"):
+    assert (marks.order.tolist(), marks.end) == ([RESULT] * 3, 31)
+    with pytest.raises(Unsupported, match="not 3 in each in the order in which it made them before"):
         marks.durations_ns(trace(places), 1)
 
 
@@ -130,10 +131,20 @@ def test_kernels_that_cannot_be_told_apart_are_refused(
         find_marks(trace(profiled), [trace(plain)], len(graph))
 
 
+def test_what_ends_a_run_may_be_made_elsewhere_too() -> None:
+    marks = find_marks(trace(profiled_run(SIMPLE)), [trace(plain_run(SIMPLE))], len(SIMPLE))
+    runs = [31, RESULT, RESULT, RESULT, 31, 31, RESULT, 31, 31, RESULT, RESULT, 31]
+    assert marks.durations_ns(trace(runs), 2).tolist() == [[7, 7, 7], [21, 7, 7]]
+    for missing in (4, 5), (11,):
+        places = [place for number, place in enumerate(runs) if number not in missing]
+        with pytest.raises(Unsupported, match="did not make what it made before after the last kernel"):
+            marks.durations_ns(trace(places), 2)
+
+
 def test_what_differs_from_run_to_run_marks_nothing() -> None:
     plain = plain_run(SIMPLE)
     runs = [trace(places) for places in (plain, [*plain[:3], RESULT, *plain[3:]], plain)]
     with pytest.raises(Unsupported, match="cannot be told apart"):
         find_marks(trace(profiled_run(SIMPLE[1:2])), runs, 1)
     marks = find_marks(trace(profiled_run(SIMPLE)), [trace([*plain, *[32] * number]) for number in (2, 1, 1)], 3)
-    assert marks.order.tolist() == [*[RESULT] * 3, 31]
+    assert (marks.order.tolist(), marks.end) == ([RESULT] * 3, 31)
