@@ -73,9 +73,8 @@ def find_marks(profiled: NDArray, plain: Sequence[NDArray], kernels: int) -> Mar
 
     Places that a run comes by as often with a profiler as without are the graph's; of these as few as possible that
     mark as many kernels as possible. Another one shows where the last kernel ends. What differs from run to run, as
-    what is made for other threads may, shows nothing. Raises Unsupported where the
-    readings of the clock are not those around so many kernels, where the first of them makes nothing, and where nothing
-    is made after the last.
+    what is made for other threads may, shows nothing. Raises Unsupported where the readings of the clock are not those
+    around so many kernels, where the first of them makes nothing, and where nothing is made after the last.
     """
     owners = _owners(profiled["place"], kernels)
     made, plainly = profiled["place"], plain[0]["place"]
