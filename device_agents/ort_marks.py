@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import permutations
 
 import numpy as np
@@ -39,7 +40,7 @@ class Marks:
     kernels: NDArray[np.intp]
     end: int
 
-    @property
+    @cached_property
     def places(self) -> NDArray[np.int64]:
         """What is to be kept in a trace."""
         return np.unique([*self.order, self.end])
@@ -78,9 +79,9 @@ def find_marks(profiled: NDArray, plain: Sequence[NDArray], kernels: int) -> Mar
     """
     owners = _owners(profiled["place"], kernels)
     made, plainly = profiled["place"], plain[0]["place"]
-    usually, now = Counter(made.tolist()), Counter(plainly.tolist())
-    counts = [Counter(run["place"].tolist()) for run in plain]
-    steady = {place for place in now if place > 0 and len({count[place] for count in counts}) == 1}
+    usually = Counter(made.tolist())
+    now, *later = (Counter(run["place"].tolist()) for run in plain)
+    steady = {place for place in now if place > 0 and all(count[place] == now[place] for count in later)}
     marked: dict[int, set[int]] = {
         place: set(owners[made == place].tolist()) - {OUTSIDE} for place in steady if usually[place] == now[place]
     }
