@@ -59,16 +59,20 @@ class Sums(NamedTuple):
 class Correction(Value):
     """A map from a network's operators to its latency:
 
-        offset_ms + sum over families of scale[family] * sum_ms[family]
+        offset_ms + (sum_ms / typical_ms) ** growth * sum over families of scale[family] * sum_ms[family]
                   + spill_ms * max(0, parameters - cached_parameters) / 1e6
 
-    A family that `scales` does not name uses `scale`. Networks of more weights than a device's caches keep from one run
-    to the next read the rest again: `spill_ms` is what a million of these costs. `relative_half_width` is the 95 %
-    quantile of the relative error on networks left out of the fit, corrected for their number: the estimate's interval.
+    A family that `scales` does not name uses `scale`. The longer a network takes, the more of what an operator needs
+    has left the caches when it runs again: `growth` is by how much that slows all of them down, beside networks of
+    `typical_ms`. Networks of more weights than a device's caches keep from one run to the next read the rest again:
+    `spill_ms` is what a million of these costs. `relative_half_width` is the 95 % quantile of the relative error on
+    networks left out of the fit, corrected for their number: the estimate's interval.
     """
 
     scale: Positive
     scales: dict[str, Positive] = Field(default_factory=dict)
+    growth: float = Field(default=0.0, ge=0, lt=1)
+    typical_ms: Positive = 1.0
     offset_ms: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     cached_parameters: int = Field(default=0, ge=0)
     spill_ms: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -79,7 +83,7 @@ class Correction(Value):
         """Latency in ms of a network."""
         spilt = max(0, sums.parameters - self.cached_parameters) / 1e6
         scaled = sum(self.scales.get(family, self.scale) * value for family, value in sums.by_family.items())
-        return self.offset_ms + scaled + self.spill_ms * spilt
+        return self.offset_ms + scaled * (sums.total_ms / self.typical_ms) ** self.growth + self.spill_ms * spilt
 
 
 class OperatorRow(Value):

@@ -39,6 +39,8 @@ TARGET = Target(device_model="formula", os_build="none", runtime="formula", runt
 CORRECTION = Correction(
     scale=1.1,
     scales={"linear": 2.0},
+    growth=0.1,
+    typical_ms=0.2,
     offset_ms=0.5,
     cached_parameters=100,
     spill_ms=50.0,

@@ -77,6 +77,26 @@ def test_caches_without_an_end_are_the_rule() -> None:
     assert (correction.cached_parameters, correction.spill_ms) == (0, 0.0)
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.floats(0, 0.4), st.integers(0, 1000))
+def test_latencies_that_grow_beyond_their_sums(growth: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    samples = [
+        (sums, latency_ms ** (1 + growth) * float(np.exp(rng.normal(0, 0.005))))
+        for sums, latency_ms in draw(40, dict.fromkeys(KINDS, 1.1), 0.0, 0.0, seed)
+    ]
+    correction, _ = fit_correction(samples)
+    assert correction.growth == pytest.approx(growth, abs=0.02)
+    for sums, latency_ms in samples:
+        assert correction.apply(sums) == pytest.approx(latency_ms, rel=0.04)
+
+
+def test_what_takes_longer_for_its_sum_in_short_networks_has_no_growth() -> None:
+    correction, _ = fit_correction(draw(40, dict.fromkeys(KINDS, 1.0), 0.5, 0.005, 6))
+    assert correction.growth == 0
+    assert correction.offset_ms == pytest.approx(0.5, rel=0.2)
+
+
 def test_one_outlier_does_not_rule() -> None:
     samples = draw(40, dict.fromkeys(KINDS, 0.95), 0.0, 0.005, 3)
     clean, _ = fit_correction(samples)
