@@ -402,7 +402,8 @@ class _Search:
             say(f"discovered: {self.metric.name} {report.number(last.cost, self.metric.unit)}, "
                 f"{report.percent(last.cost / state.initial_cost)} of the initial network's")  # fmt: skip
             discovered = self._train("discovered-network", "discovered network", state.architecture)
-            export_onnx(discovered, folder.path / "discovered.onnx")
+            measured_as = self.target.options.get("bypass") if self.target is not None else None
+            export_onnx(discovered, folder.path / "discovered.onnx", bypass="sum" if measured_as == "sum" else "concat")
         initial: SlicedNetwork | None = None
         if recipe.train_initial:
             with self._timed("initial_network"):

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,9 @@ from lut_db.operators import BaseOperator, Linear
 from search_client.architecture import Architecture
 from search_client.description import Description, Source
 from search_client.elastic import BATCH_NORM_EPSILON, SuperNetwork, initialise
+
+if TYPE_CHECKING:
+    from lut_db.lowering.onnx import Bypass
 
 EXPORT_TOLERANCE = 1e-4
 """Largest difference between torch and the exported file, relative to the largest logit where that exceeds 1."""
@@ -138,9 +141,10 @@ def parameter_count(network: Network, sources: Sequence[Source]) -> int:
     return count
 
 
-def export_onnx(sliced: SlicedNetwork, path: Path, seed: int = 0) -> float:
+def export_onnx(sliced: SlicedNetwork, path: Path, seed: int = 0, *, bypass: Bypass = "concat") -> float:
     """Writes a sub-network as ONNX, batch-norm folded in, and returns how far ONNX Runtime's result is from torch's.
 
+    `bypass` is how a target was measured, see `lut_db.lowering.onnx`.
     The file is checked on random inputs before it gets its name: it is refused (ExportRefused) and not kept if the
     results differ by more than `EXPORT_TOLERANCE`.
     """
@@ -150,7 +154,7 @@ def export_onnx(sliced: SlicedNetwork, path: Path, seed: int = 0) -> float:
     from lut_db.lowering.onnx import to_onnx
 
     network, weights = fold(sliced)
-    model = to_onnx(network, weights)
+    model = to_onnx(network, weights, bypass=bypass)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -26,7 +26,7 @@ from device_agents import energy, evidence, fine_clock, ort_marks, ort_profile, 
 from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
 from device_agents.settings import choice
 from lut_db.errors import InvalidInput
-from lut_db.lowering.onnx import tensor_name, to_onnx
+from lut_db.lowering.onnx import BYPASSES, Bypass, tensor_name, to_onnx
 from lut_db.lowering.weights import Weights
 from lut_db.networks import Network
 from lut_db.targets import PRECISIONS, Precision, Target
@@ -50,6 +50,7 @@ SETTINGS = {
     **ort_session.SETTING,
     "precision": "fp32 or int8; fp32 by default",
     "huge_pages": "on or off: memory in huge pages; on by default where the system can",
+    "bypass": "sum or concat: how what passes a depthwise layer by joins what it makes; sum by default in fp32",
     **fine_clock.SETTING,
     "powercap": f"the folder in which the system counts energy; {energy.POWERCAP} by default",
 }
@@ -66,8 +67,12 @@ def create(options: Options) -> Backend:
     if precision == "int8" and level not in INT8_KERNELS:
         raise InvalidInput(f"at {level!r} int8 runs in fp32 kernels", field="settings.graph_optimization",
                            remedy=f"one of {', '.join(INT8_KERNELS)}")  # fmt: skip
+    bypass = choice({"bypass": "sum" if precision == "fp32" else "concat"} | options.settings, "bypass", BYPASSES)
+    if precision == "int8" and bypass == "sum":
+        raise InvalidInput("what is passed by would lose bits on its way through convolutions",
+                           field="settings.bypass", remedy="concat in int8")  # fmt: skip
     fine_clock.check_setting(options.settings)
-    return CpuOnnxruntime(options, level, evidence.huge_pages(options.settings), precision)
+    return CpuOnnxruntime(options, level, evidence.huge_pages(options.settings), precision, bypass)
 
 
 def doctor(options: Options) -> Iterator[Check]:
@@ -82,11 +87,14 @@ def doctor(options: Options) -> Iterator[Check]:
 class CpuOnnxruntime:
     starts = False
 
-    def __init__(self, options: Options, level: str, huge_pages: bool, precision: Precision = "fp32"):
+    def __init__(
+        self, options: Options, level: str, huge_pages: bool, precision: Precision = "fp32", bypass: Bypass = "concat"
+    ):  # fmt: skip
         self.options = options
         self.level = level
         self.huge_pages = huge_pages
         self.precision: Precision = precision
+        self.bypass: Bypass = bypass
 
     def environment(self) -> dict[str, str]:
         return evidence.huge_page_environment(self.huge_pages) | fine_clock.environment(self.options.settings)
@@ -101,7 +109,11 @@ class CpuOnnxruntime:
             cores=self.options.cores,
             precision=self.precision,
             clock_policy=evidence.clock_policy(),
-            options={"graph_optimization": self.level, "huge_pages": "on" if self.huge_pages else "off"},
+            options={
+                "graph_optimization": self.level,
+                "huge_pages": "on" if self.huge_pages else "off",
+                "bypass": self.bypass,
+            },
         )
 
     def ready(self) -> None:
@@ -121,25 +133,27 @@ class CpuOnnxruntime:
         if not profile:
             said = (
                 ort_session.path_of(model, self.precision) if isinstance(model, Path)
-                else _lowered(model, self.precision)
+                else _lowered(model, self.precision, self.bypass)
             )  # fmt: skip
             return _Session(ort_session.open_session(said, settings))
         assert isinstance(model, Network), "only networks can be profiled"
-        profiled = _Profile(model, settings, self.precision)
+        profiled = _Profile(model, settings, self.precision, self.bypass)
         tracer = fine_clock.Tracer.of(LIBRARY, self.options.settings)
         return _Profiled(profiled) if tracer is None else _Marked(profiled, tracer)
 
     def compute(self, network: Network, weights: Weights, inputs: Sequence[NDArray[np.float32]]) -> list[NDArray]:
-        model = to_onnx(network, weights, precision=self.precision, samples=[inputs]).SerializeToString()
-        session = ort_session.open_session(model, ort_session.session_options(self.options.threads, self.level))
+        model = to_onnx(network, weights, precision=self.precision, samples=[inputs], bypass=self.bypass)
+        session = ort_session.open_session(
+            model.SerializeToString(), ort_session.session_options(self.options.threads, self.level)
+        )
         named = {tensor_name(tensor): values for tensor, values in enumerate(inputs)}
         return [np.asarray(output) for output in session.run(None, named)]
 
 
 @lru_cache(maxsize=1)
-def _lowered(network: Network, precision: Precision) -> bytes:
+def _lowered(network: Network, precision: Precision, bypass: Bypass) -> bytes:
     """A model file. Kept, since sessions of one network are loaded one after the other."""
-    return to_onnx(network, precision=precision).SerializeToString()
+    return to_onnx(network, precision=precision, bypass=bypass).SerializeToString()
 
 
 class _Session:
@@ -165,13 +179,13 @@ class _Session:
 class _Profile:
     """A network in a session whose runs are profiled until that is ended."""
 
-    def __init__(self, network: Network, settings: onnxruntime.SessionOptions, precision: Precision):
+    def __init__(self, network: Network, settings: onnxruntime.SessionOptions, precision: Precision, bypass: Bypass):
         self.nodes = len(network.nodes)
         self.folder = tempfile.TemporaryDirectory(prefix="onnxruntime-")
         settings.enable_profiling = True
         settings.profile_file_prefix = os.path.join(self.folder.name, "profile")
         settings.optimized_model_filepath = os.path.join(self.folder.name, "optimized.onnx")
-        self.session = ort_session.open_session(_lowered(network, precision), settings)
+        self.session = ort_session.open_session(_lowered(network, precision, bypass), settings)
         # Only the graph is wanted; the weights would fill the disk.
         optimized = Path(settings.optimized_model_filepath)
         self.owners = ort_profile.owners_in_graph(onnx.load(optimized).graph, network)

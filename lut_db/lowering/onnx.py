@@ -7,7 +7,8 @@ is called `t<i>`, so that a runtime's profile can be read back in terms of opera
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from math import prod
+from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
@@ -50,6 +51,15 @@ ELEMENTS: dict[Precision, tuple[type[np.floating], int]] = {
 """For each precision: the elements of inputs, outputs and weights, in numpy and in ONNX; int8 is made of float32."""
 
 
+Bypass = Literal["concat", "sum"]
+BYPASSES: tuple[Bypass, ...] = get_args(Bypass)
+"""How a bypass is joined to its layer: cut off and put back, or, where that is possible, as a sum of two convolutions
+that make all channels, each with zeros where the other has filters. Runtimes with a blocked layout need not leave it for
+a sum."""
+
+ZERO_AT_ZERO = frozenset({"none", "relu", "relu6", "hard_swish", "gelu"})
+
+
 def tensor_name(tensor: int) -> str:
     return f"t{tensor}"
 
@@ -68,9 +78,12 @@ def node_number(name: str) -> int | None:
 class _Emitter:
     """Collects the ONNX nodes and constants of one node of a network."""
 
-    def __init__(self, number: int, output: str, arrays: dict[str, Array], dtype: type[np.floating]):
+    def __init__(
+        self, number: int, output: str, arrays: dict[str, Array], dtype: type[np.floating], bypass: Bypass
+    ):  # fmt: skip
         self.prefix = f"n{number}"
         self.dtype = dtype
+        self.bypass = bypass
         self.output = output
         self.arrays = arrays
         self.nodes: list[onnx.NodeProto] = []
@@ -81,8 +94,11 @@ class _Emitter:
         self.constants.append(numpy_helper.from_array(np.asarray(value), name))
         return name
 
-    def weight(self, name: str, shape: Sequence[int] | None = None) -> str:
+    def weight(self, name: str, shape: Sequence[int] | None = None, *, filters: int | None = None) -> str:
+        """One of the node's arrays, filled up with zeros to so many filters."""
         array = np.ascontiguousarray(self.arrays[name], dtype=self.dtype)
+        if filters is not None:
+            array = np.concatenate([array, np.zeros((filters - len(array), *array.shape[1:]), self.dtype)])
         return self.constant(name, array if shape is None else array.reshape(shape))
 
     def emit(self, op_type: str, *inputs: str, part: str, last: bool = False, **attributes: Any) -> str:
@@ -221,6 +237,42 @@ def _squeeze_excite(emit: _Emitter, operator: SqueezeExcite, inputs: Sequence[st
 
 
 def _channel_bypass(emit: _Emitter, operator: ChannelBypass, inputs: Sequence[str]) -> None:
+    if emit.bypass == "sum" and _may_be_sum(operator):
+        _bypass_as_sum(emit, operator, inputs[0])
+    else:
+        _bypass_by_concat(emit, operator, inputs)
+
+
+def _may_be_sum(operator: ChannelBypass) -> bool:
+    """Depthwise, since other layers would calculate as much again for nothing; with all windows of the pooling full, and
+    an activation that leaves zeros zero."""
+    full = not any(size % stride for size, stride in zip(operator.input[2:], operator.stride, strict=True))
+    return operator.depthwise and full and operator.activation in ZERO_AT_ZERO
+
+
+def _bypass_as_sum(emit: _Emitter, operator: ChannelBypass, source: str) -> None:
+    channels = operator.passed
+    if channels < operator.input[1]:
+        source = emit.slice_channels(source, 0, channels, "leading")
+    arguments = [source, emit.weight("weight", filters=channels)]
+    if operator.bias:
+        arguments.append(emit.weight("bias", filters=channels))
+    filtered = emit.emit(
+        "Conv", *arguments, part="conv", kernel_shape=operator.kernel, strides=operator.stride, pads=operator.padding,
+        group=channels,
+    )  # fmt: skip
+    if operator.activation != "none":
+        filtered = emit.activate(operator.activation, filtered, last=False)
+    means = np.zeros((channels, 1, *operator.stride), emit.dtype)
+    means[operator.filters :] = 1 / prod(operator.stride)
+    bypassed = emit.emit(
+        "Conv", source, emit.constant("means", means), part="bypass", kernel_shape=operator.stride,
+        strides=operator.stride, group=channels,
+    )  # fmt: skip
+    emit.emit("Add", bypassed, filtered, part="sum", last=True)
+
+
+def _bypass_by_concat(emit: _Emitter, operator: ChannelBypass, inputs: Sequence[str]) -> None:
     alone = operator.filters == 0
     pooled = operator.stride != (1, 1)
     bypassed = inputs[0]
@@ -317,14 +369,14 @@ _LOWERINGS: dict[type[BaseOperator], Callable[[_Emitter, Any, Sequence[str]], No
 
 def to_onnx(
     network: Network, weights: Weights | None = None, seed: int = 0, precision: Precision = "fp32",
-    samples: Samples | None = None, *, oldest: bool = False,
+    samples: Samples | None = None, *, oldest: bool = False, bypass: Bypass = "concat",
 ) -> onnx.ModelProto:  # fmt: skip
     """The network as an ONNX model, checked; inputs `t0`, `t1`, …, outputs named after their tensors.
 
     In fp16 weights, inputs, outputs and all between are halves. In int8 (`lut_db.lowering.qdq`) inputs and outputs are
     float32, and the ranges of activations are those on the inputs `samples`, made up where there are none; that takes
     ONNX Runtime. `oldest`: in the oldest version of ONNX's operators that has them all, for providers that do not know
-    the newer ones. Without `weights` they are made up from `seed`. Raises InvalidInput where weights do not fit the
+    the newer ones. `bypass`: how the bypass of a depthwise layer is joined to it. Without `weights` they are made up from `seed`. Raises InvalidInput where weights do not fit the
     network, or where it overflows on the samples in int8.
     """
     dtype, element = ELEMENTS[precision]
@@ -332,7 +384,7 @@ def to_onnx(
     nodes: list[onnx.NodeProto] = []
     constants: list[onnx.TensorProto] = []
     for number, node in enumerate(network.nodes):
-        emitter = _Emitter(number, tensor_name(len(network.inputs) + number), dict(weights[number]), dtype)
+        emitter = _Emitter(number, tensor_name(len(network.inputs) + number), dict(weights[number]), dtype, bypass)
         _LOWERINGS[type(node.operator)](emitter, node.operator, [tensor_name(tensor) for tensor in node.inputs])
         nodes.extend(emitter.nodes)
         constants.extend(emitter.constants)

@@ -38,10 +38,13 @@ INT8_FLOOR = 1e-3
 """Error of values that are all but zero."""
 
 
-def run_onnx(network: Network, weights: Weights, inputs: Arrays, precision: Precision) -> Arrays:
-    model = onnx.to_onnx(network, weights, precision=precision, samples=[inputs])
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return session.run(None, {onnx.tensor_name(i): values for i, values in enumerate(inputs)})
+def run_onnx(bypass: onnx.Bypass) -> Run:
+    def run(network: Network, weights: Weights, inputs: Arrays, precision: Precision) -> Arrays:
+        model = onnx.to_onnx(network, weights, precision=precision, samples=[inputs], bypass=bypass)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return session.run(None, {onnx.tensor_name(i): values for i, values in enumerate(inputs)})
+
+    return run
 
 
 def run_tflite(resolver: OpResolverType) -> Run:
@@ -74,7 +77,8 @@ def torch_weights(*arguments: object, **options: object) -> dict[str, bytes]:
 
 
 RUNTIMES: dict[str, Run] = {
-    "onnx in ONNX Runtime": run_onnx,
+    "onnx in ONNX Runtime": run_onnx("concat"),
+    "summed bypasses in ONNX Runtime": run_onnx("sum"),
     "tflite in LiteRT with XNNPACK": run_tflite(OpResolverType.BUILTIN),
     "tflite in LiteRT": run_tflite(OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES),
     "torch with channels last": run_torch_channels_last,

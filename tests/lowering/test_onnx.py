@@ -15,11 +15,20 @@ from operators_at_random import ANY, BY_KIND
 
 from device_agents.packing import pack
 from lut_db.canary import canary
-from lut_db.lowering.onnx import ELEMENTS, OLDEST_OPSET, OPSET, node_number, tensor_name, to_onnx
+from lut_db.lowering.onnx import ELEMENTS, OLDEST_OPSET, OPSET, Bypass, node_number, tensor_name, to_onnx
 from lut_db.lowering.torch import to_torch
 from lut_db.lowering.weights import made_up
 from lut_db.networks import Network, NetworkBuilder
-from lut_db.operators import KINDS, Activate, Convolution, Operator, SqueezeExcite, Upsample, same_padding
+from lut_db.operators import (
+    KINDS,
+    Activate,
+    ChannelBypass,
+    Convolution,
+    Operator,
+    SqueezeExcite,
+    Upsample,
+    same_padding,
+)
 from lut_db.targets import Precision
 
 CONVERSIONS = {"QuantizeLinear", "DequantizeLinear"}
@@ -32,14 +41,17 @@ HALF_TOLERANCE = 2e-2
 """Of the largest element: halves have eleven bits, and a sum of many loses some."""
 
 
-def optimized(network: Network, folder: Path) -> onnx.GraphProto:
-    """The graph in int8 as ONNX Runtime runs it."""
+def optimized(
+    network: Network, folder: Path, precision: Precision = "int8", bypass: Bypass = "concat"
+) -> onnx.GraphProto:  # fmt: skip
+    """The graph as ONNX Runtime runs it."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.optimized_model_filepath = str(folder / "optimized.onnx")
     onnxruntime.InferenceSession(
-        to_onnx(network, precision="int8").SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+        to_onnx(network, precision=precision, bypass=bypass).SerializeToString(), options,
+        providers=["CPUExecutionProvider"],
+    )  # fmt: skip
     return onnx.load(options.optimized_model_filepath).graph
 
 
@@ -82,6 +94,42 @@ def test_int8_is_the_same_in_the_oldest_version() -> None:
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         found.append(session.run(None, inputs)[0])
     np.testing.assert_array_equal(*found)
+
+
+def bypass(size: int = 8, activation: str = "relu", **fields: object) -> ChannelBypass:
+    return ChannelBypass(
+        input=(1, 16, size, size), filters=8, kernel=(3, 3), stride=(2, 2), padding=same_padding(3), activation=activation,
+        **{"depthwise": True, **fields},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("operator", "kinds"),
+    [
+        (bypass(), ["Conv", "Relu", "Conv", "Add"]),
+        (bypass(activation="none"), ["Conv", "Conv", "Add"]),
+        (bypass(limit=12), ["Slice", "Conv", "Relu", "Conv", "Add"]),
+        (bypass(size=9), ["Slice", "AveragePool", "Slice", "Conv", "Relu", "Concat"]),
+        (bypass(activation="sigmoid"), ["Slice", "AveragePool", "Slice", "Conv", "Sigmoid", "Concat"]),
+        (bypass(depthwise=False), ["Slice", "AveragePool", "Conv", "Relu", "Concat"]),
+    ],
+)
+def test_which_bypasses_are_sums(operator: ChannelBypass, kinds: list[str]) -> None:
+    said = to_onnx(Network.of(operator), bypass="sum")
+    assert [node.op_type for node in said.graph.node] == kinds
+    assert "Concat" in [node.op_type for node in to_onnx(Network.of(operator)).graph.node]
+
+
+def test_a_sum_leaves_the_blocked_layout_nowhere(folder: Path) -> None:
+    build = NetworkBuilder()
+    tensor = build.input((1, 16, 16, 16))
+    tensor = build.add(Convolution(input=(1, 16, 16, 16), filters=16, kernel=(1, 1), activation="hard_swish"), tensor)
+    tensor = build.add(bypass(16, "hard_swish"), tensor)
+    build.add(Convolution(input=(1, 16, 8, 8), filters=16, kernel=(1, 1)), tensor)
+    kinds = [node.op_type for node in optimized(build.network(), folder, precision="fp32", bypass="sum").node]
+    if "ReorderInput" not in kinds:
+        pytest.skip("this processor's kernels have no blocked layout")
+    assert kinds.count("ReorderInput") == kinds.count("ReorderOutput") == 1
 
 
 @pytest.mark.parametrize("activation", ["relu", "relu6"])
