@@ -53,9 +53,9 @@ ELEMENTS: dict[Precision, tuple[type[np.floating], int]] = {
 
 Bypass = Literal["concat", "sum"]
 BYPASSES: tuple[Bypass, ...] = get_args(Bypass)
-"""How a bypass is joined to its layer: cut off and put back, or, where that is possible, as a sum of two convolutions
-that make all channels, each with zeros where the other has filters. Runtimes with a blocked layout need not leave it for
-a sum."""
+"""How a depthwise layer's bypass is joined to it: cut off and put back, or, where that is possible, as a sum of two
+convolutions of all channels, each with zeros where the other has filters. Runtimes with a blocked layout need not leave
+it for a sum."""
 
 ZERO_AT_ZERO = frozenset({"none", "relu", "relu6", "hard_swish", "gelu"})
 
@@ -244,8 +244,8 @@ def _channel_bypass(emit: _Emitter, operator: ChannelBypass, inputs: Sequence[st
 
 
 def _may_be_sum(operator: ChannelBypass) -> bool:
-    """Depthwise, since other layers would calculate as much again for nothing; with all windows of the pooling full, and
-    an activation that leaves zeros zero."""
+    """Whether it is depthwise, since others would calculate much for nothing; all windows of its pooling are full, and
+    its activation leaves zeros zero."""
     full = not any(size % stride for size, stride in zip(operator.input[2:], operator.stride, strict=True))
     return operator.depthwise and full and operator.activation in ZERO_AT_ZERO
 
@@ -376,8 +376,8 @@ def to_onnx(
     In fp16 weights, inputs, outputs and all between are halves. In int8 (`lut_db.lowering.qdq`) inputs and outputs are
     float32, and the ranges of activations are those on the inputs `samples`, made up where there are none; that takes
     ONNX Runtime. `oldest`: in the oldest version of ONNX's operators that has them all, for providers that do not know
-    the newer ones. `bypass`: how the bypass of a depthwise layer is joined to it. Without `weights` they are made up from `seed`. Raises InvalidInput where weights do not fit the
-    network, or where it overflows on the samples in int8.
+    the newer ones. `bypass`: how the bypass of a depthwise layer is joined to it. Without `weights` they are made up
+    from `seed`. Raises InvalidInput where weights do not fit the network, or where it overflows on the samples in int8.
     """
     dtype, element = ELEMENTS[precision]
     weights = made_up(network, seed) if weights is None else checked(network, weights)

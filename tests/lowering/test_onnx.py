@@ -98,8 +98,8 @@ def test_int8_is_the_same_in_the_oldest_version() -> None:
 
 def bypass(size: int = 8, activation: str = "relu", **fields: object) -> ChannelBypass:
     return ChannelBypass(
-        input=(1, 16, size, size), filters=8, kernel=(3, 3), stride=(2, 2), padding=same_padding(3), activation=activation,
-        **{"depthwise": True, **fields},
+        input=(1, 16, size, size), filters=8, kernel=(3, 3), stride=(2, 2), padding=same_padding(3),
+        activation=activation, **{"depthwise": True, **fields},
     )  # fmt: skip
 
 
