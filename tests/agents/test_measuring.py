@@ -540,7 +540,8 @@ def test_a_precision_is_part_of_the_target(name: str) -> None:
         for settings in ({}, {"precision": "fp32"}, {"precision": "int8"})
     )
     assert plain.key == fp32.key != int8.key
-    assert int8 == plain.model_copy(update={"precision": "int8"})
+    others = {"bypass": "concat"} if name == "cpu-onnxruntime" else {}
+    assert int8 == plain.model_copy(update={"precision": "int8", "options": plain.options | others})
 
 
 def test_a_backend_that_does_not_exist() -> None:
@@ -552,5 +553,7 @@ def test_a_backend_that_does_not_exist() -> None:
         backends.create("cpu-onnxruntime", Options(settings={"precision": "fp16"}))
     with pytest.raises(InvalidInput, match="fp32 kernels"):
         backends.create("cpu-onnxruntime", Options(settings={"precision": "int8", "graph_optimization": "basic"}))
+    with pytest.raises(InvalidInput, match="lose bits"):
+        backends.create("cpu-onnxruntime", Options(settings={"precision": "int8", "bypass": "sum"}))
     with pytest.raises(InvalidInput, match="graph_optimization"):
         backends.create("cpu-onnxruntime", Options(settings={"colour": "red"}))

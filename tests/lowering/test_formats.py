@@ -78,7 +78,7 @@ def torch_weights(*arguments: object, **options: object) -> dict[str, bytes]:
 
 RUNTIMES: dict[str, Run] = {
     "onnx in ONNX Runtime": run_onnx("concat"),
-    "summed bypasses in ONNX Runtime": run_onnx("sum"),
+    "onnx with summed bypasses in ONNX Runtime": run_onnx("sum"),
     "tflite in LiteRT with XNNPACK": run_tflite(OpResolverType.BUILTIN),
     "tflite in LiteRT": run_tflite(OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES),
     "torch with channels last": run_torch_channels_last,
