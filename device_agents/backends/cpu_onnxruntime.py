@@ -87,9 +87,7 @@ def doctor(options: Options) -> Iterator[Check]:
 class CpuOnnxruntime:
     starts = False
 
-    def __init__(
-        self, options: Options, level: str, huge_pages: bool, precision: Precision = "fp32", bypass: Bypass = "concat"
-    ):  # fmt: skip
+    def __init__(self, options: Options, level: str, huge_pages: bool, precision: Precision, bypass: Bypass):
         self.options = options
         self.level = level
         self.huge_pages = huge_pages
@@ -137,7 +135,7 @@ class CpuOnnxruntime:
             )  # fmt: skip
             return _Session(ort_session.open_session(said, settings))
         assert isinstance(model, Network), "only networks can be profiled"
-        profiled = _Profile(model, settings, self.precision, self.bypass)
+        profiled = _Profile(model, _lowered(model, self.precision, self.bypass), settings)
         tracer = fine_clock.Tracer.of(LIBRARY, self.options.settings)
         return _Profiled(profiled) if tracer is None else _Marked(profiled, tracer)
 
@@ -179,13 +177,13 @@ class _Session:
 class _Profile:
     """A network in a session whose runs are profiled until that is ended."""
 
-    def __init__(self, network: Network, settings: onnxruntime.SessionOptions, precision: Precision, bypass: Bypass):
+    def __init__(self, network: Network, lowered: bytes, settings: onnxruntime.SessionOptions):
         self.nodes = len(network.nodes)
         self.folder = tempfile.TemporaryDirectory(prefix="onnxruntime-")
         settings.enable_profiling = True
         settings.profile_file_prefix = os.path.join(self.folder.name, "profile")
         settings.optimized_model_filepath = os.path.join(self.folder.name, "optimized.onnx")
-        self.session = ort_session.open_session(_lowered(network, precision, bypass), settings)
+        self.session = ort_session.open_session(lowered, settings)
         # Only the graph is wanted; the weights would fill the disk.
         optimized = Path(settings.optimized_model_filepath)
         self.owners = ort_profile.owners_in_graph(onnx.load(optimized).graph, network)
