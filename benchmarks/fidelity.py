@@ -37,7 +37,7 @@ from search_client.embedded import EmbeddedService
 
 SIZES = (224, 112)
 TEST_NETWORKS = 40
-CALIBRATION_NETWORKS = 24
+CALIBRATION_NETWORKS = 64
 MEASUREMENTS = 3
 QUICK = (112,), 3, 5
 QUICK_FAMILIES = 2

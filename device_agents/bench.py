@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from device_agents.backends import Backend
 from device_agents.measuring import PATIENCE_S, STOPS, load_canaries, unsteady
-from device_agents.sampling import half_width, sample, statistic
+from device_agents.sampling import sample, statistic
 from lut_db.errors import MeasurementRefused
 from lut_db.measurements import Evidence, Stop
 from lut_db.plans import WHOLE
@@ -80,7 +80,7 @@ def bench_file(
     low, high = np.percentile(np.concatenate([record.times_ms for record in timed]), (5, 95))
     return Bench(
         model=model.name, target=backend.target(), latency_ms=latency_ms,
-        half_width_ms=float(np.median([half_width(record.times_ms, plan.statistic) for record in timed])),
+        half_width_ms=float(np.median([record.half_width_ms(plan) for record in timed])),
         p5_ms=float(low), p95_ms=float(high), runs=sum(record.done for record in timed), sessions=sessions,
         between_sessions=float(np.abs(values / latency_ms - 1).max()),
         stop=max((record.stop or "max_runs" for record in timed), key=STOPS.index),

@@ -379,7 +379,7 @@ def _samples(
         counted = chosen(record.times_ms, plan.statistic)
         if not graph.places:
             times_ms = np.array(record.times_ms)
-            found[graph.key].append((_pack_samples(graph, times_ms, counted, slowness), graph.key))
+            found[graph.key].append((_pack_samples(graph, record, times_ms, counted, slowness), graph.key))
             continue
         if id(graph) not in profiles:
             continue
@@ -395,7 +395,8 @@ def _samples(
                 continue
             profiling_ms = float(times.events[node]) * profiler_ms
             layout_ms = float(times.layout_ms[np.array(record.positions)[read], node].mean())
-            found[key].append((_pack_samples(graph, total, read, slowness, layout_ms, profiling_ms), graph.key))
+            packed = _pack_samples(graph, record, total, read, slowness, layout_ms, profiling_ms)
+            found[key].append((packed, graph.key))
     return found
 
 
@@ -413,12 +414,13 @@ def _part(profiles: Iterable[NodeTimes], plan: Plan) -> Part | None:
 
 
 def _pack_samples(
-    graph: _Graph, times_ms: NDArray[np.float64], counted: NDArray[np.intp], slowness: float, layout_ms: float = 0.0,
-    profiling_ms: float = 0.0,
+    graph: _Graph, record: Timed, times_ms: NDArray[np.float64], counted: NDArray[np.intp], slowness: float,
+    layout_ms: float = 0.0, profiling_ms: float = 0.0,
 ) -> Samples:  # fmt: skip
     return Samples(
         carrier=graph.network.key,
         samples_ms=tuple(float(f"{value:.{SIGNIFICANT_DIGITS}g}") for value in times_ms),
+        visits=tuple(len(visit.times_ms) for visit in record.visits),
         counted=tuple(sorted(counted.tolist())),
         slowness=slowness,
         layout_ms=layout_ms,
@@ -439,12 +441,12 @@ def _value(samples: Samples) -> float:
 
 def _half_width(samples: Samples, part: Part | None) -> float:
     """Half the 95 % confidence interval, at the reference speed."""
-    if part is not None:
-        return half_width(samples.samples_ms, part) / samples.slowness
-    counted = _counted_ms(samples)
-    if len(counted) < 2:
-        return float(counted[0]) / samples.slowness
-    return float(Z95 * counted.std(ddof=1) / sqrt(len(counted))) / samples.slowness
+    visits = np.split(np.array(samples.samples_ms), np.cumsum(samples.visits[:-1]))
+    if part is None:
+        # The runs that count were chosen by the carrier's times: of this node's they are a sample of their own.
+        counted = np.split(np.isin(np.arange(len(samples.samples_ms)), samples.counted), np.cumsum(samples.visits[:-1]))
+        visits = [times_ms[read] for times_ms, read in zip(visits, counted, strict=True) if read.any()]
+    return half_width(visits, part) / samples.slowness
 
 
 def _energies(

@@ -86,24 +86,45 @@ def statistic(samples: ArrayLike, name: Part) -> float:
     return float(np.asarray(samples, dtype=float)[chosen(samples, name)].mean())
 
 
-def half_width(samples: ArrayLike, name: Part) -> float:
-    """Half the 95 % confidence interval of `statistic`.
+def half_width(visits: Sequence[ArrayLike], name: Part | None) -> float:
+    """Half the 95 % confidence interval of `statistic` of all samples, or of their mean where `name` is None. They were
+    taken visit by visit.
 
-    Median: from order statistics, without assuming a distribution. Means of a part: from the variance of the samples
-    with those beyond the part drawn in to its edge (Tukey-McLaughlin), divided by the part's share.
+    Samples of one visit are alike, since what disturbs a device lasts longer than a run: what varies freely is the sum
+    over each visit of what its samples do to the statistic (a cluster-robust variance, as Liang and Zeger's, 1986, with
+    Student's t for the number of visits). What a sample does is how far it is from the mean, with those beyond the part
+    drawn in to its edge, over the part's share (Tukey and McLaughlin, 1963); to the median, on which side of it it is.
     """
-    values = np.sort(np.asarray(samples, dtype=float))
+    taken = [np.asarray(visit, dtype=float) for visit in visits]
+    values = np.concatenate(taken)
     count = len(values)
-    if count < 4:
+    if count < 4 or len(taken) < 2:
         return float(np.ptp(values)) if count > 1 else float(values[0])
     if name == "median":
-        reach = Z95 * sqrt(count) / 2
+        # Order statistics, without assuming a distribution.
+        reach = _reach(np.sign(values - np.median(values)), taken) * count / 2
+        ordered = np.sort(values)
         low = max(0, floor(count / 2 - reach) - 1)
         high = min(count - 1, ceil(count / 2 + reach))
-        return float(values[high] - values[low]) / 2
-    part = values[np.sort(chosen(values, name))]
-    winsorised = np.clip(values, part[0], part[-1])
-    return float(Z95 * winsorised.std(ddof=1) / (len(part) / count * sqrt(count)))
+        return float(ordered[high] - ordered[low]) / 2
+    part = values if name is None else values[chosen(values, name)]
+    drawn_in = np.clip(values, part.min(), part.max())
+    return _reach(drawn_in - drawn_in.mean(), taken) * count / len(part)
+
+
+def _reach(deviations: NDArray[np.float64], visits: Sequence[NDArray[np.float64]]) -> float:
+    """Half the 95 % confidence interval of the mean of deviations."""
+    sums = np.add.reduceat(deviations, np.cumsum([0, *map(len, visits[:-1])]))
+    free = len(visits) - 1
+    return float(_student(free) * sqrt((sums @ sums) * len(visits) / free) / len(deviations))
+
+
+def _student(free: int) -> float:
+    """The 97.5 % quantile of Student's t with so many degrees of freedom, 2 or more, to 3 % (Abramowitz and Stegun,
+    26.7.5)."""
+    z = Z95
+    terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + sum(term / free**power for power, term in enumerate(terms, 1))
 
 
 @dataclass(frozen=True)
@@ -151,10 +172,13 @@ class Timed:
     def seconds(self) -> float:
         return sum(visit.seconds for visit in self.visits)
 
+    def half_width_ms(self, plan: Plan) -> float:
+        """Half the 95 % confidence interval of the plan's statistic."""
+        return half_width([visit.times_ms for visit in self.visits], plan.statistic)
+
     def add(self, visit: Visit, plan: Plan) -> None:
         self.visits.append(visit)
-        times_ms = self.times_ms
-        self.widths.append(half_width(times_ms, plan.statistic) / statistic(times_ms, plan.statistic))
+        self.widths.append(self.half_width_ms(plan) / statistic(self.times_ms, plan.statistic))
         self.stop = decide(self, plan)
 
     def keep(self, visits: Iterable[Visit], plan: Plan) -> None:

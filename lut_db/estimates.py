@@ -61,11 +61,14 @@ class Correction(Value):
 
         offset_ms + (sum_ms / typical_ms) ** growth * sum over families of scale[family] * sum_ms[family]
                   + spill_ms * max(0, parameters - cached_parameters) / 1e6
+                  + eviction * max(0, sum_ms - kept_ms) * parameters / 1e6
 
     A family that `scales` does not name uses `scale`. The longer a network takes, the more of what an operator needs
     has left the caches when it runs again: `growth` is by how much that slows all of them down, beside networks of
     `typical_ms`. Networks of more weights than a device's caches keep from one run to the next read the rest again:
-    `spill_ms` is what a million of these costs. `relative_half_width` is the 95 % quantile of the relative error on
+    `spill_ms` is what a million of these costs. Where others use the caches too, less of them is left the longer a
+    network takes: `eviction` is the ms that a million weights cost more for each ms beyond `kept_ms`. A correction has
+    one of the two at most. `relative_half_width` is the 95 % quantile of the relative error on
     networks left out of the fit, corrected for their number: the estimate's interval.
     """
 
@@ -76,14 +79,18 @@ class Correction(Value):
     offset_ms: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     cached_parameters: int = Field(default=0, ge=0)
     spill_ms: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    kept_ms: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    eviction: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     relative_half_width: float = Field(ge=0, lt=1)
     left_out: Fit
 
     def apply(self, sums: Sums) -> float:
         """Latency in ms of a network."""
-        spilt = max(0, sums.parameters - self.cached_parameters) / 1e6
         scaled = sum(self.scales.get(family, self.scale) * value for family, value in sums.by_family.items())
-        return self.offset_ms + scaled * (sums.total_ms / self.typical_ms) ** self.growth + self.spill_ms * spilt
+        grown = scaled * (sums.total_ms / self.typical_ms) ** self.growth
+        spilt = max(0, sums.parameters - self.cached_parameters) / 1e6
+        evicted = max(0.0, sums.total_ms - self.kept_ms) * sums.parameters / 1e6
+        return self.offset_ms + grown + self.spill_ms * spilt + self.eviction * evicted
 
 
 class OperatorRow(Value):

@@ -54,17 +54,19 @@ class Failure(Value):
 class Samples(Value):
     """Raw latencies of one operator or network in one graph, in the order in which they were taken.
 
-    `carrier` is the key of the graph. `counted` says which samples the statistic rests on: for the fastest fifth of a
-    graph, the second fifth of a node's own where its profiler counts finely, else those of the runs in which the whole
-    graph was fastest. Their mean, less `profiling_ms` but for a tenth of it at least, divided by `slowness`, is the
-    latency at the reference speed. `slowness` is how slow the device was for this, by its canaries, what else the graph
-    timed, and what its table knows. `layout_ms` is the part of their mean that went to layout conversions charged to
-    this operator; `profiling_ms` is what the runtime's profiler adds to it (negative where a runtime's work between
-    nodes outweighs that).
+    `carrier` is the key of the graph. `visits` says how many were taken in a row, before others' turn; it is empty
+    where that is not known. `counted` says which samples the statistic rests on: for the fastest fifth of a graph, the
+    second fifth of a node's own where its profiler counts finely, else those of the runs in which the whole graph was
+    fastest. Their mean, less `profiling_ms` but for a tenth of it at least, divided by `slowness`, is the latency at
+    the reference speed. `slowness` is how slow the device was for this, by its canaries, what else the graph timed, and
+    what its table knows. `layout_ms` is the part of their mean that went to layout conversions charged to this
+    operator; `profiling_ms` is what the runtime's profiler adds to it (negative where a runtime's work between nodes
+    outweighs that).
     """
 
     carrier: str = Field(max_length=64)
     samples_ms: tuple[Sample, ...] = Field(min_length=1, max_length=MAX_SAMPLES)
+    visits: tuple[int, ...] = Field(default=(), max_length=MAX_SAMPLES)
     counted: tuple[int, ...] = Field(min_length=1, max_length=MAX_SAMPLES)
     slowness: float = Field(gt=0, allow_inf_nan=False)
     layout_ms: Sample = 0.0
@@ -74,6 +76,8 @@ class Samples(Value):
     def _check_counted(self) -> Samples:
         if not all(0 <= position < len(self.samples_ms) for position in self.counted):
             raise ValueError(f"counted names samples beyond the {len(self.samples_ms)} of samples_ms")
+        if self.visits and (min(self.visits) < 1 or sum(self.visits) != len(self.samples_ms)):
+            raise ValueError(f"visits do not add up to the {len(self.samples_ms)} of samples_ms")
         return self
 
 

@@ -48,8 +48,8 @@ class Plan(Record):
     warmup_runs: Annotated[int, Field(ge=0, le=1000)] = 2
     round_runs: Annotated[int, Field(ge=1, le=1000)] = 8
     min_runs: Annotated[int, Field(ge=1, le=100_000)] = 24
-    settle_runs: Annotated[int, Field(ge=1, le=100_000)] = 32
-    max_runs: Annotated[int, Field(ge=1, le=100_000)] = 40
+    settle_runs: Annotated[int, Field(ge=1, le=100_000)] = 48
+    max_runs: Annotated[int, Field(ge=1, le=100_000)] = 64
     max_seconds: Annotated[float, Field(gt=0, le=3600)] = 20.0
     relative_half_width: Annotated[float, Field(gt=0, lt=1)] = 0.01
     statistic: Statistic = "fastest_fifth"
@@ -68,5 +68,5 @@ class Plan(Record):
 
 
 IN_CONTEXT = Plan()
-WHOLE = Plan(context="whole", carriers=3, round_runs=10, min_runs=60, settle_runs=80, max_runs=100)
+WHOLE = Plan(context="whole", carriers=3, round_runs=10, min_runs=60, settle_runs=120, max_runs=240)
 """How whole networks are measured for calibrations and for checking a discovered network."""

@@ -1,11 +1,12 @@
 """Fits a correction: a small map from sums of operators, by family, to whole networks.
 
-The model is `offset + (sum / typical) ** growth * sum over families of scale[family] * sum[family] + spill * (weights
-beyond the caches)`, every scale positive, the others not negative. It is fitted to relative errors under Huber's loss
+The model is `offset + (sum / typical) ** growth * sum over families of scale[family] * sum[family] + loss * (weights
+that the caches lose)`, every scale positive, the others not negative. Caches lose what they have no room for, or what
+others put in its place the longer a network takes. The model is fitted to relative errors under Huber's loss
 (iteratively reweighted least squares), so that neither slow networks nor a spoilt measurement rule the fit. A family
 has a scale of its own only where enough networks hold it, and that scale is drawn towards the common one (ridge). How
-strongly, whether there is an offset, and how many weights the caches hold, is chosen by cross-validation; the errors
-that are published come from an outer cross-validation around the whole choice.
+strongly, whether there is an offset, and what the caches lose, is chosen by cross-validation; the errors that are
+published come from an outer cross-validation around the whole choice.
 """
 
 from __future__ import annotations
@@ -60,24 +61,36 @@ where they do not, as those of isolated operators, families of their own gain mo
 MOST_GROWTH = 0.5
 """The largest exponent of the sum beyond 1; up to 0.37 was seen."""
 
-KNEES = (0.1, 0.3, 0.5, 0.7)
+ROOMS = (0.1, 0.3, 0.5, 0.7)
 """Where the caches may be full: quantiles of the networks' weights."""
+
+KEPT = (0.0, 0.1, 0.3, 0.5)
+"""How long they may keep all that they hold: quantiles of the networks' sums."""
 
 GAIN = 0.9
 """A richer model is taken where its cross-validated error is below this share of the simpler one's."""
 
-SPILL_GAIN = 0.9
-"""The same for caches that are full: of several places where they may be, one is a little better by chance."""
+LOSS_GAIN = 0.9
+"""The same for what caches lose: of several places where that may begin, one is a little better by chance."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What caches lose from one run to the next: the weights beyond `cached`, or where that is None all of a network's,
+    the more of them the longer it takes beyond `kept_ms`."""
+
+    cached: int | None = None
+    kept_ms: float = 0.0
 
 
 @dataclass(frozen=True)
 class Model:
-    """A candidate: `ridge` is None for one scale common to every family, `knee` for caches without an end."""
+    """A candidate: `ridge` is None for one scale common to every family, `loss` for caches that lose nothing."""
 
     growth: float = 0.0
     offset: bool = False
     ridge: float | None = None
-    knee: int | None = None
+    loss: Loss | None = None
 
 
 @dataclass(frozen=True)
@@ -88,13 +101,14 @@ class Coefficients:
     growth: float
     typical_ms: float
     offset_ms: float
-    knee: int
-    spill_ms: float
+    loss: Loss | None
+    lost_ms: float
+    """For each unit of what is lost."""
 
     def predict(self, networks: Networks) -> Array:
         """Latencies in ms, shape (n,)."""
         sums_ms = networks.grown_ms(self.growth, self.typical_ms)
-        return sums_ms @ self.scales + self.offset_ms + self.spill_ms * networks.spilt(self.knee)
+        return sums_ms @ self.scales + self.offset_ms + self.lost_ms * networks.lost(self.loss)
 
 
 @dataclass(frozen=True)
@@ -122,10 +136,13 @@ class Networks:
         totals_ms: Array = self.sums_ms.sum(axis=1, keepdims=True)
         return self.sums_ms * (totals_ms / typical_ms) ** growth
 
-    def spilt(self, knee: int) -> Array:
-        """Millions of weights beyond those that the caches hold."""
-        beyond: Array = np.maximum(0.0, self.parameters - knee) / 1e6
-        return beyond
+    def lost(self, loss: Loss | None) -> Array:
+        """What the caches lose, shape (n,): millions of weights, or these times the ms in which they are lost."""
+        if loss is None:
+            return np.zeros(len(self))
+        if loss.cached is not None:
+            return np.maximum(0.0, self.parameters - loss.cached) / 1e6
+        return self.parameters / 1e6 * np.maximum(0.0, self.sums_ms.sum(axis=1) - loss.kept_ms)
 
 
 def fit_correction(samples: Sequence[Sample]) -> tuple[Correction, tuple[float, ...]]:
@@ -160,6 +177,7 @@ def fit_correction(samples: Sequence[Sample]) -> tuple[Correction, tuple[float, 
         left_out[test] = _choose_and_fit(others).predict(tested)
     fitted = _choose_and_fit(networks)
     half_width = _half_width(left_out, measured)
+    loss = fitted.loss or Loss()
     if half_width >= 1:
         raise MeasurementRefused(
             "networks left out of the fit are off by more than their estimate: no interval can be claimed",
@@ -171,8 +189,10 @@ def fit_correction(samples: Sequence[Sample]) -> tuple[Correction, tuple[float, 
         growth=fitted.growth,
         typical_ms=fitted.typical_ms,
         offset_ms=fitted.offset_ms,
-        cached_parameters=fitted.knee,
-        spill_ms=fitted.spill_ms,
+        cached_parameters=loss.cached or 0,
+        spill_ms=fitted.lost_ms if loss.cached is not None else 0.0,
+        kept_ms=loss.kept_ms,
+        eviction=fitted.lost_ms if loss.cached is None else 0.0,
         relative_half_width=half_width,
         left_out=_statistics(left_out, measured),
     )
@@ -199,19 +219,25 @@ def _folds(count: int) -> list[NDArray[np.intp]]:
 def _choose_and_fit(networks: Networks) -> Coefficients:
     """The simplest candidate whose cross-validated error no richer one clearly beats, fitted to everything.
 
-    Offset and scales are chosen first, then where the caches end, and where they do, offset and scales again.
+    With one scale for all families it is chosen first what the caches lose, with growth, beside it or in its place;
+    then offset and scales.
     """
     if len(networks) < 2 * MIN_NETWORKS:
         return _fit(networks, Model())  # too few to choose by
     growth = _growth(networks)
+    best, error = _best(networks, [Model(growth=growth, offset=offset) for offset in (False, True)])
+    losing = [replace(best, loss=Loss(cached=int(room))) for room in np.quantile(networks.parameters, ROOMS)] + [
+        replace(best, growth=growing, loss=Loss(kept_ms=float(kept_ms)))
+        for growing in dict.fromkeys((0.0, growth))
+        for kept_ms in np.quantile(networks.sums_ms.sum(axis=1), KEPT)
+    ]
+    loser = min(losing, key=lambda model: _cross_validated(networks, model))
+    if _cross_validated(networks, loser) < error * LOSS_GAIN:
+        best = loser
     ridges = (None, *RIDGES) if networks.sums_ms.shape[1] > 1 else (None,)
-    scaled = [Model(growth=growth, offset=offset, ridge=ridge) for ridge in ridges for offset in (False, True)]
-    knees = sorted({int(knee) for knee in np.quantile(networks.parameters, KNEES)})
-    best, error = _best(networks, scaled)
-    spilling = min((replace(best, knee=knee) for knee in knees), key=lambda model: _cross_validated(networks, model))
-    spilling_error = _cross_validated(networks, spilling)
-    if spilling_error < error * SPILL_GAIN:
-        best, _ = _best(networks, [replace(model, knee=spilling.knee) for model in scaled])
+    best, _ = _best(
+        networks, [replace(best, ridge=ridge, offset=offset) for ridge in ridges for offset in (False, True)]
+    )
     return _fit(networks, best)
 
 
@@ -271,7 +297,7 @@ def _fit(networks: Networks, model: Model) -> Coefficients:
     count, columns = sums_ms.shape
     totals = sums_ms.sum(axis=1)
     typical = float(np.median(measured / totals))
-    spilt = networks.spilt(model.knee) if model.knee is not None else np.zeros(count)
+    lost = networks.lost(model.loss)
     # Unknowns: the scales over `typical` (one for each column, or one for all), then what else there is over its bound.
     shared = model.ridge is None
     design = (totals[:, None] if shared else sums_ms) * typical / measured[:, None]
@@ -280,9 +306,9 @@ def _fit(networks: Networks, model: Model) -> Coefficients:
     if model.offset:
         bounds.append(OFFSET_SHARE * float(measured.min()))
         design = np.column_stack([design, bounds[-1] / measured])
-    if spilt.any():
-        bounds.append(float(np.median(measured)) / float(spilt.max()))
-        design = np.column_stack([design, bounds[-1] * spilt / measured])
+    if lost.any():
+        bounds.append(float(np.median(measured)) / float(lost.max()))
+        design = np.column_stack([design, bounds[-1] * lost / measured])
     lower = np.concatenate([np.full(scales, 1 / SCALE_RANGE), np.zeros(len(bounds))])
     upper = np.concatenate([np.full(scales, SCALE_RANGE), np.ones(len(bounds))])
     penalty = np.zeros((design.shape[1], design.shape[1]))
@@ -308,8 +334,8 @@ def _fit(networks: Networks, model: Model) -> Coefficients:
         growth=model.growth,
         typical_ms=typical_ms,
         offset_ms=more[0] if model.offset else 0.0,
-        knee=(model.knee or 0) if spilt.any() else 0,
-        spill_ms=more[-1] if spilt.any() else 0.0,
+        loss=model.loss if lost.any() else None,
+        lost_ms=more[-1] if lost.any() else 0.0,
     )
 
 

@@ -44,6 +44,8 @@ CORRECTION = Correction(
     offset_ms=0.5,
     cached_parameters=100,
     spill_ms=50.0,
+    kept_ms=0.1,
+    eviction=20.0,
     relative_half_width=0.04,
     left_out=Fit(
         networks=12, mean_error=0.01, max_error=0.03, within_5_percent=1, within_10_percent=1, rank_correlation=1

@@ -72,9 +72,28 @@ def test_weights_beyond_the_caches_are_paid_for() -> None:
         assert correction.apply(sums) == pytest.approx(latency_ms, rel=0.04)
 
 
-def test_caches_without_an_end_are_the_rule() -> None:
+def test_weights_that_others_take_from_the_caches_are_paid_for() -> None:
+    rng = np.random.default_rng(2)
+    samples = [
+        (
+            sums,
+            (latency_ms + 0.03 * max(0.0, sums.total_ms - 4.0) * sums.parameters / 1e6)
+            * float(np.exp(rng.normal(0, 0.005))),
+        )
+        for sums, latency_ms in draw(40, dict.fromkeys(KINDS, 1.0), 0.0, 0.0, 1)
+    ]
+    correction, _ = fit_correction(samples)
+    assert correction.eviction == pytest.approx(0.03, rel=0.3)
+    assert 3.0 < correction.kept_ms < 5.0
+    assert (correction.growth, correction.spill_ms) == (0.0, 0.0)
+    for sums, latency_ms in samples:
+        assert correction.apply(sums) == pytest.approx(latency_ms, rel=0.04)
+
+
+def test_caches_that_lose_nothing_are_the_rule() -> None:
     correction, _ = fit_correction(draw(40, dict.fromkeys(KINDS, 1.0), 0.0, 0.01, 4))
     assert (correction.cached_parameters, correction.spill_ms) == (0, 0.0)
+    assert (correction.kept_ms, correction.eviction) == (0.0, 0.0)
 
 
 @settings(max_examples=15, deadline=None)
