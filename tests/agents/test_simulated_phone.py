@@ -31,6 +31,7 @@ from adb_shell.auth.keygen import keygen
 from adb_shell.auth.sign_pythonrsa import PythonRSASigner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from phones import RunningPhone, phone
 
 from device_agents.simulated_phone import phone as state
 from device_agents.simulated_phone import programs, protocol
@@ -43,7 +44,6 @@ from lut_db.lowering.onnx import to_onnx
 from lut_db.lowering.tflite import to_tflite
 from lut_db.networks import Network
 from lut_db.operators import Convolution
-from tests.phones import RunningPhone, phone
 
 TMP = "/data/local/tmp"
 BENCHMARK = f"{TMP}/benchmark_model --graph={TMP}/conv.tflite --min_secs=0 --warmup_min_secs=0 --num_threads=1"
