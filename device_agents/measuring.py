@@ -441,11 +441,12 @@ def _value(samples: Samples) -> float:
 
 def _half_width(samples: Samples, part: Part | None) -> float:
     """Half the 95 % confidence interval, at the reference speed."""
-    visits = np.split(np.array(samples.samples_ms), np.cumsum(samples.visits[:-1]))
+    times_ms, ends = np.array(samples.samples_ms), np.cumsum(samples.visits[:-1])
+    visits = np.split(times_ms, ends)
     if part is None:
         # The runs that count were chosen by the carrier's times: of this node's they are a sample of their own.
-        counted = np.split(np.isin(np.arange(len(samples.samples_ms)), samples.counted), np.cumsum(samples.visits[:-1]))
-        visits = [times_ms[read] for times_ms, read in zip(visits, counted, strict=True) if read.any()]
+        counted = np.split(np.array(samples.counted), np.searchsorted(samples.counted, ends))
+        visits = [times_ms[read] for read in counted if len(read)]
     return half_width(visits, part) / samples.slowness
 
 

@@ -231,9 +231,9 @@ def _choose_and_fit(networks: Networks) -> Coefficients:
         for growing in dict.fromkeys((0.0, growth))
         for kept_ms in np.quantile(networks.sums_ms.sum(axis=1), KEPT)
     ]
-    loser = min(losing, key=lambda model: _cross_validated(networks, model))
-    if _cross_validated(networks, loser) < error * LOSS_GAIN:
-        best = loser
+    errors = [_cross_validated(networks, model) for model in losing]
+    if min(errors) < error * LOSS_GAIN:
+        best = losing[int(np.argmin(errors))]
     ridges = (None, *RIDGES) if networks.sums_ms.shape[1] > 1 else (None,)
     best, _ = _best(
         networks, [replace(best, ridge=ridge, offset=offset) for ridge in ridges for offset in (False, True)]
