@@ -25,8 +25,8 @@ def arguments(description: str, extra: Sequence[tuple[str, dict]] = ()) -> argpa
 
 
 def agent(backend: str, cores: str | None) -> list[str]:
-    """What a service beside a benchmark measures with, as `device-agent` takes it."""
-    return [backend, *(("--cores", cores) if cores else ())]
+    """What a service beside a benchmark measures with, as `device-agent` takes it. Latencies only."""
+    return [backend, "--no-energy", *(("--cores", cores) if cores else ())]
 
 
 def show(title: str, figures: Figures, formats: Mapping[str, str]) -> None:

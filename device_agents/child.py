@@ -70,7 +70,10 @@ def main(folder: Path) -> None:
     if lack:
         report = failed(job.lease, "unreachable", lack)
     else:
-        report = measure(create(job.backend, job.options), job.lease, lambda text: print(text, flush=True))
+        report = measure(
+            create(job.backend, job.options), job.lease, lambda text: print(text, flush=True),
+            count_energy=job.options.energy,
+        )  # fmt: skip
     partial = folder / "report.partial"
     partial.write_text(report.model_dump_json())
     partial.replace(folder / "report.json")

@@ -64,8 +64,8 @@ def _default_name(backend: str, number: int) -> str:
     return f"{host[:40]}-{backend}"[:60] + (f"-{number}" if number else "")
 
 
-def _options(threads: int, cores: str | None, setting: list[str]) -> Options:
-    return Options(threads=threads, cores=_cores(cores, threads), settings=_settings(setting))
+def _options(threads: int, cores: str | None, setting: list[str], energy: bool = True) -> Options:
+    return Options(threads=threads, cores=_cores(cores, threads), energy=energy, settings=_settings(setting))
 
 
 @contextmanager
@@ -177,9 +177,12 @@ def _add(backend: str) -> None:
         cores: Cores = None,
         setting: Setting = None,
         max_operators: Annotated[int, typer.Option(min=1, max=1024, help="operators measured at a time")] = 128,
+        energy: Annotated[
+            bool, typer.Option(help="count joules where the device does: a second or two for each graph")
+        ] = True,
     ) -> None:
         with _explained():
-            options = _options(threads, cores, setting or [])
+            options = _options(threads, cores, setting or [], energy)
         _serve(backend, server, name, options, max_operators)
 
 

@@ -40,6 +40,9 @@ SETTLE_S = 0.05
 SHORT_BURST = 4
 """Where starting a tool costs energy of its own, a burst of so many times fewer runs is taken off."""
 STANDSTILL_S = 2.0
+TRIAL_RUNS = 16
+"""Show how long a run takes with what comes between two: a GPU's of three microseconds is started by a host that needs
+twenty."""
 MOST_RUNS = 200_000
 
 
@@ -130,6 +133,12 @@ def _span(counter: Counter, burst: Burst, *, starts: bool) -> _Span:
     runs = min(ceil(counter.burst_s * 1e3 / burst.latency_ms), MOST_RUNS)
     if starts:
         runs = max(runs, SHORT_BURST)
+    else:
+        trial = max(1, min(TRIAL_RUNS, runs // TRIAL_RUNS))
+        began = time.perf_counter()
+        burst.time(trial)
+        run_s = (time.perf_counter() - began) / trial
+        runs = min(runs, ceil(counter.burst_s / run_s))
     whole = _counted(counter, lambda: burst.time(runs))
     if not starts:
         return _Span(whole.joules, whole.at_s, runs)

@@ -105,7 +105,9 @@ class _Graph:
     key: str
 
 
-def measure(backend: Backend, lease: Lease, progress: Callable[[str], None] = lambda text: None) -> Report:
+def measure(
+    backend: Backend, lease: Lease, progress: Callable[[str], None] = lambda text: None, *, count_energy: bool = True
+) -> Report:  # fmt: skip
     """Measures what a lease asks for. Whatever goes wrong with an operator is a failure in the report.
 
     Results are refused (causes `load`, `hot`, `drift`) where other processes were too busy or the device too hot,
@@ -118,7 +120,7 @@ def measure(backend: Backend, lease: Lease, progress: Callable[[str], None] = la
         now = backend.target()
         if now != lease.target:  # since it was registered another tool was put there, or the clocks were set free
             raise Unreachable(f"it is now target {now.key}, the lease is for {lease.target.key}")
-        return _measure(backend, lease, progress)
+        return _measure(backend, lease, progress, count_energy)
     except Unreachable as error:
         return failed(lease, "unreachable", str(error))
 
@@ -130,7 +132,7 @@ def failed(lease: Lease, cause: Cause, message: str) -> Report:
     return Report(measurements=tuple(Measurement(key=key, failure=failure) for key in keys))
 
 
-def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) -> Report:
+def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None], count_energy: bool) -> Report:
     keys = [record.key for record in (*lease.operators, *lease.networks)]
     failures: dict[str, Failure] = {}
     began = time.perf_counter()
@@ -188,8 +190,8 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None]) ->
         refusal = refusal or _drift("what the table knows", surely, lease.plan)
         samples = {key: [(_slower(one, drifts[key]), graph) for one, graph in each] for key, each in samples.items()}
     energies: dict[str, float] = {}
-    counted: Evidence = {"absent": "the latencies are refused"}
-    if refusal is None:
+    counted: Evidence = {"absent": "the latencies are refused" if count_energy else "it was not asked for"}
+    if refusal is None and count_energy:
         progress("counting energy")
         spare = {id(graph): twin for graph, twin, _ in plain}
         asked = [pair for pair in zip(graphs, timed, strict=True) if pair[0].places or pair[0].key in keys]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
-from device_agents import backends
+from device_agents import backends, energy
 from device_agents.backends import Backend, Options
 from lut_db.errors import InvalidInput
 
@@ -18,6 +18,8 @@ SUCCESS, NOT_SUPPORTED, INSUFFICIENT_SIZE, GPU_IS_LOST = 0, 3, 7, 15
 SM, MEMORY, GRAPHICS = 1, 2, 0
 THERMAL_COUNTER = 75
 FLAG, COUNT, POINTER = c_uint, c_uint, c_void_p
+BURST_S = 0.1
+"""In place of a second: what is tested is that there are joules, not how exact they are."""
 
 
 def gpu_backend(name: str, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Backend:
@@ -29,6 +31,7 @@ def gpu_backend(name: str, settings: dict[str, str], monkeypatch: pytest.MonkeyP
             raise
         pytest.skip(f"{name} cannot be tried here: {lack}")
     if name.startswith("cuda-"):
+        monkeypatch.setattr(energy.Nvml, "burst_s", BURST_S)
         for variable, value in backend.environment().items():
             monkeypatch.setenv(variable, value)
     return backend

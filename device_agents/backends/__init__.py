@@ -52,10 +52,12 @@ class Unreachable(LatencyLabError):
 
 @dataclass(frozen=True)
 class Options:
-    """How a backend is to run: threads, the cores they are pinned to (none: free), and settings of its own."""
+    """How a backend is to run: threads, the cores they are pinned to (none: free), whether energy is counted where the
+    device can, and settings of its own."""
 
     threads: int = 1
     cores: tuple[int, ...] = ()
+    energy: bool = True
     settings: dict[str, str] = field(default_factory=dict)
 
 

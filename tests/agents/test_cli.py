@@ -38,6 +38,7 @@ def test_cores_are_told_as_taskset_takes_them(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     assert _options(1, text, []) == Options(cores=tuple(sorted(cores)))
     assert _options(1, "any", []) == Options()
+    assert _options(1, "any", [], energy=False) == Options(energy=False)
 
 
 @pytest.mark.parametrize("text", ["", "a", "-1", "3-2", "0-2:0", "0:2", "1,,2", "1;2", "0x1", "0-99999999999"])

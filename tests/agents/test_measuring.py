@@ -225,6 +225,8 @@ def test_what_a_busy_memory_adds_to_weights_is_left_out(
     made_up_ms = {canary(): 1.0, heavy_canary(): 3.6}
 
     class Steady:
+        profiler_runs = False
+
         def __init__(self, loaded: backends.Loaded, took_ms: float) -> None:
             self.loaded, self.took_ms = loaded, took_ms
 
