@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import ceil, floor, inf, sqrt
+from math import ceil, floor, inf, pi, sqrt, tan
 from statistics import fmean
 from typing import Literal
 
@@ -120,8 +120,10 @@ def _reach(deviations: NDArray[np.float64], visits: Sequence[NDArray[np.float64]
 
 
 def _student(free: int) -> float:
-    """The 97.5 % quantile of Student's t with so many degrees of freedom, 2 or more, to 3 % (Abramowitz and Stegun,
-    26.7.5)."""
+    """The 97.5 % quantile of Student's t with so many degrees of freedom, to 3 % (Abramowitz and Stegun, 26.7.5); with
+    one it is Cauchy's."""
+    if free == 1:
+        return tan(0.475 * pi)
     z = Z95
     terms = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96, (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
     return z + sum(term / free**power for power, term in enumerate(terms, 1))

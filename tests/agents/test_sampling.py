@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.stats import t as student
 
 from device_agents import sampling
 from device_agents.backends import LoadFailed
@@ -80,6 +81,13 @@ def test_the_interval_covers_the_truth_as_often_as_it_says(name: Part | None, di
 
 def timed(runs: int, *widths: float, seconds: float = 0.0) -> Timed:
     return Timed([Visit([1.0] * runs, 0, runs, seconds)] if runs else [], widths=list(widths))
+
+
+@pytest.mark.parametrize("visits", range(2, 32))
+def test_the_interval_of_visits_that_repeat_themselves_is_students(visits: int) -> None:
+    values = np.random.default_rng(visits).normal(5.0, 1.0, visits)
+    students = student.ppf(0.975, visits - 1) * values.std(ddof=1) / np.sqrt(visits)
+    assert half_width([[value, value] for value in values], None) == pytest.approx(students, rel=0.04)
 
 
 def test_why_sampling_stops() -> None:
