@@ -421,7 +421,7 @@ class Phone:
         folder, _, name = path.rpartition("/")
         part = f"{folder}/.{name}.part"
         free = self.free_bytes()
-        if free is not None and free < size + RESERVE and not self._evict(size + RESERVE - free) and free < size:
+        if free is not None and free < size + RESERVE and not self.make_room(size + RESERVE - free) and free < size:
             raise self._full(size, free)
         for last in (False, True):
             try:
@@ -435,7 +435,7 @@ class Phone:
                 free = self.free_bytes()
                 if "no space" not in str(error).lower() and (free is None or free >= size):
                     raise self._lost("a file did not get there", error) from error
-                if last or not self._evict(size + RESERVE):
+                if last or not self.make_room(size + RESERVE):
                     raise self._full(size, free) from error
                 continue
             arrived = self._run(f"stat -c %s {part} && sha256sum {part}", COMMAND_S + TRANSFER_S)
@@ -456,7 +456,7 @@ class Phone:
             remedy="free storage on the phone",
         )
 
-    def _evict(self, wanted: int) -> bool:
+    def make_room(self, wanted: int) -> bool:
         """Removes models until so many bytes are freed, least recently used first. Whether any was removed."""
         listed = self._run(f"ls -1tr {self.folder}/models", COMMAND_S)
         removed = 0

@@ -37,6 +37,8 @@ POLL_S = 25.0
 REQUEST_TIMEOUT_S = 20.0
 FIRST_RETRY_S = 0.2
 LONGEST_RETRY_S = 10.0
+SIGN_OF_LIFE_S = 10.0
+"""Shorter than the silence after which the service takes a device for lost."""
 CHECK_S = 0.05
 COOL_DOWN_S = 2.0
 LONGEST_COOL_DOWN_S = 25.0
@@ -157,10 +159,14 @@ class Agent:
             log.warning("lease %d was lost: its results are thrown away", lease.token)
             return
         results = partial(self._request, http, "POST", f"/leases/{lease.token}/results")
-        response = results(allow=(404, 413), content=report.model_dump_json())
-        if response.status_code == 413:  # in smaller company they may be told
-            report = failed(lease, "error", f"the service does not take the report: {_explain(response)}")
-            response = results(allow=(404,), content=report.model_dump_json())
+        try:
+            response = results(allow=(404, 413), content=report.model_dump_json())
+            if response.status_code == 413:  # in smaller company they may be told
+                report = failed(lease, "error", f"the service does not take the report: {_explain(response)}")
+                response = results(allow=(404,), content=report.model_dump_json())
+        except Stopped:
+            self._tell_once(http, lease, report)
+            raise
         if response.status_code == 404:
             log.warning("lease %d is not known to the service any more", lease.token)
             return
@@ -201,6 +207,16 @@ class Agent:
             if child.returncode == 0:
                 return Report.model_validate_json((folder / "report.json").read_bytes())
             return failed(lease, *_why(child.returncode, _tail(folder)))
+
+    def _tell_once(self, http: httpx.Client, lease: Lease, report: Report) -> None:
+        """What was measured is told even where there is no time to tell it again and again."""
+        headers = {"content-type": "application/json"}
+        try:
+            response = http.post(f"/leases/{lease.token}/results", content=report.model_dump_json(), headers=headers)
+        except httpx.TransportError as error:
+            log.warning("the results of lease %d could not be told (%s): it will expire", lease.token, error)
+        else:
+            log.info("lease %d: told before the end, HTTP %d", lease.token, response.status_code)
 
     def _give_back(self, http: httpx.Client, lease: Lease) -> None:
         try:
@@ -270,7 +286,7 @@ def heartbeat(http: httpx.Client, lease: Lease) -> Iterator[threading.Event]:
         # The first one at once: it tells the service that the lease arrived.
         wait_s = 0.0
         while not done.wait(wait_s):
-            wait_s = lease.expires_in_s / 4
+            wait_s = min(lease.expires_in_s / 4, SIGN_OF_LIFE_S)
             try:
                 response = http.post(f"/leases/{lease.token}/heartbeat")
             except httpx.TransportError as error:

@@ -15,7 +15,8 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel
 
-from device_agents.backends import Options, create
+from device_agents.backends import Options, Unreachable, create
+from lut_db.errors import LatencyLabError
 from lut_db.wire import Lease
 
 MEMORY_SHARE = 0.75
@@ -67,12 +68,15 @@ def main(folder: Path) -> None:
     # The runtime is imported only now: its threads inherit the cores.
     from device_agents.measuring import failed, measure
 
-    if lack:
-        report = failed(job.lease, "unreachable", lack)
+    try:
+        if lack:
+            raise Unreachable(lack)
+        backend = create(job.backend, job.options)
+    except LatencyLabError as error:  # the agent had one: the driver, a package or a core went since
+        report = failed(job.lease, "unreachable", str(error))
     else:
         report = measure(
-            create(job.backend, job.options), job.lease, lambda text: print(text, flush=True),
-            count_energy=job.options.energy,
+            backend, job.lease, lambda text: print(text, flush=True), count_energy=job.options.energy
         )  # fmt: skip
     partial = folder / "report.partial"
     partial.write_text(report.model_dump_json())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import platform
@@ -59,9 +61,27 @@ def _settings(pairs: list[str]) -> dict[str, str]:
     return settings
 
 
-def _default_name(backend: str, number: int) -> str:
-    host = re.sub(r"[^A-Za-z0-9._-]", "-", platform.node()).strip("-._") or "device"
-    return f"{host[:40]}-{backend}"[:60] + (f"-{number}" if number else "")
+WHICH = ("devices", "gpu")
+"""Settings that say which of a host's devices it is."""
+
+
+def _device_name(backend: str, options: Options, given: str | None = None, *, several: bool = False) -> str:
+    """What a device is called: as is given or after its host, and by what tells it from the others of this host. What
+    a service knows of a device, that it may join a pool or must not, it knows by this name."""
+    which = "-".join(filter(None, (_plain(options.settings.get(name, "").removeprefix("usb:")) for name in WHICH)))
+    if given is not None:
+        return f"{given}-{which}" if several else given
+    parts = [(_plain(platform.node()) or "device")[:16], backend, which[-22:]]
+    others = {name: value for name, value in options.settings.items() if name not in WHICH}
+    cores = () if options.cores == evidence.default_cores(options.threads) else options.cores
+    if others or cores or options.threads > 1:
+        how = json.dumps([options.threads, cores, others], sort_keys=True)
+        parts.append(hashlib.sha256(how.encode()).hexdigest()[:6])
+    return "-".join(filter(None, parts))
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")
 
 
 def _options(threads: int, cores: str | None, setting: list[str], energy: bool = True) -> Options:
@@ -85,10 +105,9 @@ def _serve(backend: str, server: str, name: str | None, options: Options, max_op
         agents = [
             Agent(
                 server=server, backend_name=backend, backend=backends.create(backend, of_device), options=of_device,
-                name=(f"{name}-{number}" if number else name) if name else _default_name(backend, number),
-                max_operators=max_operators,
+                name=_device_name(backend, of_device, name, several=len(each) > 1), max_operators=max_operators,
             )
-            for number, of_device in enumerate(each)
+            for of_device in each
         ]  # fmt: skip
 
         told = False
@@ -172,7 +191,9 @@ def _add(backend: str) -> None:
     @app.command(backend, help=f"Serves this machine's devices with the backend {backend}, until told to stop.")
     def serve(
         server: Annotated[str, typer.Option(help="URL of the profiling service")] = "http://127.0.0.1:8000",
-        name: Annotated[str | None, typer.Option(help="name of this device; made from the host's")] = None,
+        name: Annotated[
+            str | None, typer.Option(help="name of this device; made from the host's, and from how it is measured")
+        ] = None,
         threads: Threads = 1,
         cores: Cores = None,
         setting: Setting = None,

@@ -43,6 +43,8 @@ STANDSTILL_S = 2.0
 TRIAL_RUNS = 16
 """Show how long a run takes with what comes between two: a GPU's of three microseconds is started by a host that needs
 twenty."""
+SHORT_SHARE = 0.8
+"""Of what a burst should last, below which it is run once more."""
 MOST_RUNS = 200_000
 
 
@@ -133,13 +135,17 @@ def _span(counter: Counter, burst: Burst, *, starts: bool) -> _Span:
     runs = min(ceil(counter.burst_s * 1e3 / burst.latency_ms), MOST_RUNS)
     if starts:
         runs = max(runs, SHORT_BURST)
-    else:
-        trial = max(1, min(TRIAL_RUNS, runs // TRIAL_RUNS))
-        began = time.perf_counter()
-        burst.time(trial)
-        run_s = (time.perf_counter() - began) / trial
-        runs = min(runs, ceil(counter.burst_s / run_s))
+    most = runs
+    if not starts and runs > TRIAL_RUNS:
+        for _ in range(2):  # the first wakes the device up
+            began = time.perf_counter()
+            burst.time(TRIAL_RUNS)
+            run_s = (time.perf_counter() - began) / TRIAL_RUNS
+        runs = min(most, ceil(counter.burst_s / run_s))
     whole = _counted(counter, lambda: burst.time(runs))
+    if not starts and runs < most and whole.at_s < SHORT_SHARE * counter.burst_s:  # the trial was disturbed
+        runs = min(most, ceil(runs * counter.burst_s / whole.at_s))
+        whole = _counted(counter, lambda: burst.time(runs))
     if not starts:
         return _Span(whole.joules, whole.at_s, runs)
     few = runs // SHORT_BURST

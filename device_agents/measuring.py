@@ -34,6 +34,9 @@ TWINS = 6
 ENERGY_SESSIONS = 3
 """Sessions of one graph whose energy is counted: it hardly depends on where a runtime placed its memory."""
 
+ENERGY_S = 600.0
+"""How long all bursts of a lease may last: a lease has an end, and its latencies are there already."""
+
 ENERGY_TRIES = 3
 ENERGY_AGAIN_S = 60.0
 """How often the bursts are run where the device was not quiet, unless they take longer than this: an operator without
@@ -196,7 +199,9 @@ def _measure(backend: Backend, lease: Lease, progress: Callable[[str], None], co
         spare = {id(graph): twin for graph, twin, _ in plain}
         asked = [pair for pair in zip(graphs, timed, strict=True) if pair[0].places or pair[0].key in keys]
         energies, counted = _energies(backend, asked, profiles, spare, profiler_ms, lease.plan)
-    stops: dict[str, Stop] = {graph.key: record.stop or "max_runs" for graph, record in zip(graphs, timed, strict=True)}
+    stops: dict[str, Stop] = {}
+    for graph, record in zip(graphs, timed, strict=True):
+        stops[graph.key] = max(stops.get(graph.key, STOPS[0]), record.stop or "max_runs", key=STOPS.index)
     measured = {key: _measurement(key, found, stops, energies.get(key), part) for key, found in samples.items()}
     all_canaries = np.concatenate([times_ms for _, times_ms in sampled.looks])
 
@@ -248,27 +253,28 @@ def load_canaries(backend: Backend, *, heavy: bool = False) -> list[Times]:
     network = heavy_canary() if heavy else canary()
     name = "heavy canary" if heavy else "canary"
     sessions = HEAVY_CANARY_SESSIONS if heavy else CANARY_SESSIONS
+    # As long as no operator was loaded none is at fault, whatever it is.
+    nobodys = () if heavy else (RuntimeError, MemoryError, OSError)
 
     def load() -> Times:
-        with _no_canary(name):
-            session = backend.load(network, profile=False)
-
         def run(runs: int) -> Sequence[float]:
             with _no_canary(name):
                 return session.time(runs)
 
-        if not backend.starts:
-            run(CANARY_WARMUP_RUNS)
+        with _no_canary(name, *nobodys):
+            session = backend.load(network, profile=False)
+            if not backend.starts:
+                run(CANARY_WARMUP_RUNS)
         return run
 
     return [load() for _ in range(1 if backend.starts else sessions)]
 
 
 @contextmanager
-def _no_canary(name: str) -> Iterator[None]:
+def _no_canary(name: str, *more: type[Exception]) -> Iterator[None]:
     try:
         yield
-    except (Unsupported, LoadFailed) as error:
+    except (Unsupported, LoadFailed, *more) as error:  # type: ignore[misc]  # mypy does not unpack it
         raise Unreachable(f"the {name} does not run on it: {error}") from error
 
 
@@ -307,9 +313,9 @@ def _graph_failures(
     network: Network, places: dict[int, str], key: str, lease: Lease, error: Unsupported | LoadFailed
 ) -> dict[str, Failure]:
     """What a graph that does not run means for those that it was to time, by key."""
-    # In a carrier any wanted operator may be at fault: each is tried again alone before it is given up. Fillers have
-    # run before.
-    asked = {operator.key for operator in lease.operators}
+    # In a carrier any wanted operator may be at fault, or what stands beside it: each is tried again, at last alone,
+    # before it is given up. Fillers have run before.
+    asked = {operator.key for operator in (*lease.operators, *lease.neighbours)}
     alone = len(asked & {operator.key for operator in network.operators}) <= 1
     cause: Cause = error.cause if isinstance(error, LoadFailed) else "unsupported" if alone else "error"
     failure = Failure(cause=cause, message=str(error)[:MESSAGE_LENGTH])
@@ -463,17 +469,25 @@ def _energies(
     """
     if not isinstance(backend, energy.Metered):
         return {}, {"absent": "this backend knows of nothing that counts energy"}
-    wanted: list[tuple[_Graph, Timed]] = []
-    sessions: dict[str, int] = defaultdict(int)
-    most = 1 if backend.starts else ENERGY_SESSIONS
-    for graph, record in graphs:
-        sessions[graph.network.key] += 1
-        if id(graph) in profiles or (not graph.places and sessions[graph.network.key] <= most):
-            wanted.append((graph, record))
-    if not wanted:
-        return {}, {"absent": "no graph could be measured"}
+
+    def first(most: int) -> list[tuple[_Graph, Timed]]:
+        """The graphs whose nodes have times, and so many sessions of each other one."""
+        sessions: dict[str, int] = defaultdict(int)
+        found = []
+        for graph, record in graphs:
+            sessions[graph.network.key] += 1
+            if id(graph) in profiles or (not graph.places and sessions[graph.network.key] <= most):
+                found.append((graph, record))
+        return found
+
     try:
         counter = backend.counter()
+        each = (first(most) for most in range(1 if backend.starts else ENERGY_SESSIONS, 0, -1))
+        wanted = next((some for some in each if len(some) * counter.burst_s <= ENERGY_S), None)
+        if wanted is None:
+            raise energy.Absent(f"it would take over {ENERGY_S:.0f} s: fewer operators at a time (--max-operators)")
+        if not wanted:
+            raise energy.Absent("no graph could be measured")
         bursts = []
         for graph, record in wanted:
             loaded = graph.loaded
@@ -482,8 +496,8 @@ def _energies(
                 loaded.time(CANARY_WARMUP_RUNS)
             bursts.append(energy.Burst(loaded.time, float(np.median(record.times_ms))))
         counted = _count(backend, counter, bursts, plan)
-    except (energy.Absent, Unsupported, LoadFailed, Unreachable) as absent:
-        return {}, {"absent": str(absent)}
+    except (energy.Absent, Unsupported, LoadFailed, Unreachable, RuntimeError, MemoryError, OSError) as absent:
+        return {}, {"absent": str(absent) or type(absent).__name__}
     found: dict[str, list[float]] = defaultdict(list)
     for (graph, record), joules in zip(wanted, counted.joules, strict=True):
         if not graph.places:
@@ -513,7 +527,8 @@ def _count(backend: Backend, counter: energy.Counter, bursts: Sequence[energy.Bu
             lack = absent
             continue
         _, disturbed = watch.read(plan)
-        if disturbed is None:
+        # After the bursts it stood still: that its clocks fell then says nothing.
+        if disturbed is None or disturbed.cause == "drift":
             return counted
         lack = energy.Absent(disturbed.message)
     raise lack

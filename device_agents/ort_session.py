@@ -170,7 +170,9 @@ def bind(session: onnxruntime.InferenceSession, device: str = "cpu", number: int
     for name, given in made_up(session).items():
         binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(given, device, number))
     for tensor in session.get_outputs():
-        if all(isinstance(size, int) and size > 0 for size in tensor.shape):
+        # A shape of no sizes may be a sequence's, or one that is not known.
+        sizes = tensor.shape if tensor.type in DTYPES else ()
+        if sizes and all(isinstance(size, int) and size > 0 for size in sizes):
             room: NDArray = np.zeros(tensor.shape, dtype=DTYPES[tensor.type])
             binding.bind_ortvalue_output(tensor.name, onnxruntime.OrtValue.ortvalue_from_numpy(room, device, number))
         else:

@@ -395,7 +395,8 @@ class _Course:
         # What takes seconds a run does not take more than its time in one visit.
         left_ms = 1e3 * (plan.max_seconds - timed.seconds)
         share = min(1.0, left_ms / (timed.run_ms * (wake_runs + plan.round_runs))) if timed.run_ms else 1.0
-        runs, wake_runs = max(1, int(plan.round_runs * share)), int(wake_runs * share)
+        runs = max(1, min(int(plan.round_runs * share), plan.max_runs - timed.done))
+        wake_runs = int(wake_runs * share)
         if wake_runs:
             timed.count += len(graph(wake_runs))
         times_ms = graph(runs)

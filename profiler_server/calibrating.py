@@ -25,7 +25,8 @@ MAX_REASONS = 3
 def ask(session: Session, target: str, request: CalibrationRequest) -> m.Calibration:
     """Enqueues whole networks and their operators, those without a row, and opens the calibration.
 
-    The same request is the same calibration. Raises InvalidInput and NotFound.
+    The same request is the same calibration, made again where it failed or what it was fitted to has been measured
+    again. Raises InvalidInput and NotFound.
     """
     require_context(request.plan, whole=False, field="plan")
     require_context(request.whole, whole=True, field="whole")
@@ -47,16 +48,20 @@ def ask(session: Session, target: str, request: CalibrationRequest) -> m.Calibra
         queries.enqueue(session, target, table, keys, now)
     queries.put_beside(session, *beside([network.operators for network in networks.values()], set(operators)))
     said = {"target": target, "plan": request.plan.key, "whole": request.whole.key, "networks": sorted(networks)}
-    return queries.put_calibration(
+    record = queries.put_calibration(
         session, canonical_key("calibration", said), target=target, plan=request.plan.key, whole=request.whole.key,
         networks=sorted(networks), operators=sorted(operators), now=now,
     )  # fmt: skip
+    if record.state == "failed" or queries.is_overtaken(session, record):
+        record.state, record.message, record.correction, record.left_out = "measuring", None, None, None
+        session.flush()
+    return record
 
 
 def count_pending(session: Session, record: m.Calibration) -> int:
-    """How many whole networks and operators of a calibration have no row yet."""
-    networks = queries.settled(session, record.target, record.whole, record.networks)
-    operators = queries.settled(session, record.target, record.plan, record.operators)
+    """How many whole networks and operators of a calibration have no row yet, or are being measured again."""
+    networks = queries.settled(session, record.target, record.whole, record.networks, newest=True)
+    operators = queries.settled(session, record.target, record.plan, record.operators, newest=True)
     return len(record.networks) + len(record.operators) - networks - operators
 
 

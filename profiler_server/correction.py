@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import ceil
 
 import numpy as np
@@ -26,6 +27,9 @@ Sample = tuple[Sums, float]
 """What a network's operators sum to, and its measured latency in ms."""
 
 MIN_NETWORKS = 5
+ENOUGH_TO_CHOOSE = 10
+"""Networks in each part that a model is fitted to, below which it is one scale."""
+
 FOLDS = 5
 COVERAGE = 0.95
 FLOOR = 0.005
@@ -173,9 +177,13 @@ def fit_correction(samples: Sequence[Sample]) -> tuple[Correction, tuple[float, 
     )
     networks = Networks(sums_ms, np.array([sums.parameters for sums, _ in samples], dtype=np.float64), measured)
     left_out = np.empty_like(measured)
-    for test, others, tested in networks.split():
-        left_out[test] = _choose_and_fit(others).predict(tested)
-    fitted = _choose_and_fit(networks)
+    folds = list(networks.split())
+    # Chosen in every fold or in none: the error must be that of what is published.
+    enough = min(len(others) for _, others, _ in folds) >= ENOUGH_TO_CHOOSE
+    fit = _choose_and_fit if enough else partial(_fit, model=Model())
+    for test, others, tested in folds:
+        left_out[test] = fit(others).predict(tested)
+    fitted = fit(networks)
     half_width = _half_width(left_out, measured)
     loss = fitted.loss or Loss()
     if half_width >= 1:
@@ -222,8 +230,6 @@ def _choose_and_fit(networks: Networks) -> Coefficients:
     With one scale for all families it is chosen first what the caches lose, with growth, beside it or in its place;
     then offset and scales.
     """
-    if len(networks) < 2 * MIN_NETWORKS:
-        return _fit(networks, Model())  # too few to choose by
     growth = _growth(networks)
     best, error = _best(networks, [Model(growth=growth, offset=offset) for offset in (False, True)])
     losing = [replace(best, loss=Loss(cached=int(room))) for room in np.quantile(networks.parameters, ROOMS)] + [

@@ -65,10 +65,13 @@ def grant(
         return None
     deadline = now + timedelta(seconds=settings.lease_s)
     if not membership.joined:
-        reference = queries.reference_rows(session, target, oldest.plan, device, settings.reference_operators)
-        if len(reference) >= MIN_REFERENCE:
-            return queries.open_lease(session, device, target, oldest.plan, [], now, deadline, reference)
-        membership.joined = True  # there is nothing to compare it with: the table begins with it
+        # By what is asked for now, or else by another table of the target: it joins them all.
+        others = [plan for plan in queries.plans_of(session, target) if plan != oldest.plan]
+        for plan in (oldest.plan, *others):
+            reference = queries.reference_rows(session, target, plan, device, settings.reference_operators)
+            if len(reference) >= MIN_REFERENCE:
+                return queries.open_lease(session, device, target, plan, [], now, deadline, reference)
+        membership.joined = True  # there is nothing to compare it with: the tables begin with it
     size = scheduling.lease_size(queries.read_plan(session, oldest.plan), max_operators, oldest.attempts)
     jobs = queries.lock_alike(session, asks, oldest, size)
     return queries.open_lease(session, device, target, oldest.plan, jobs, now, deadline)
@@ -88,7 +91,8 @@ def compose(session: Session, token: int, settings: Settings) -> Lease | None:
     if record is None or record.state != "active":
         return None
     plan = queries.read_plan(session, record.plan)
-    keys = list(record.reference or [job.workload for job in queries.jobs_of(session, [record])[token]])
+    jobs = queries.jobs_of(session, [record])[token]
+    keys = list(record.reference or [job.workload for job in jobs])
     definitions = queries.read_definitions(session, keys)
     wanted = [OPERATOR.validate_python(d) for kind, d in map(definitions.__getitem__, keys) if kind != m.NETWORK]
     networks = [Network.model_validate(d) for kind, d in map(definitions.__getitem__, keys) if kind == m.NETWORK]
@@ -101,7 +105,7 @@ def compose(session: Session, token: int, settings: Settings) -> Lease | None:
     else:
         known = _known_networks(session, record, networks, settings)
         known_ms = {workload.key: latency_ms for workload, latency_ms in [*fillers.items(), *known.items()]}
-    beside = _beside(session, plan, wanted, fillers)
+    beside = _beside(session, record, plan, wanted, fillers, came_back=any(job.attempts for job in jobs))
     left = record.deadline - queries.clock(session)
     return Lease(
         token=token, device=record.device, target=queries.read_target(session, record.target), plan=plan,
@@ -129,16 +133,25 @@ def _fillers(
 
 
 def _beside(
-    session: Session, plan: Plan, wanted: Sequence[Operator], fillers: Collection[Operator]
+    session: Session, record: m.Lease, plan: Plan, wanted: Sequence[Operator], fillers: Collection[Operator], *,
+    came_back: bool,
 ) -> dict[str, Any]:  # fmt: skip
     """What a lease tells of the networks that its operators came from: which came behind which, which added what
-    another made, those of both that are not in the lease's carriers themselves, and how many weights they have."""
+    another made, those of both that are not in the lease's carriers themselves, and how many weights they have.
+
+    Of the latter only those that nothing is held against: they stand in the same graphs. Operators that `came_back`
+    stand beside what is known to run, and one alone beside fillers only: then a failure is its own.
+    """
     if plan.context != "in_context":
         return {}
     keys = {operator.key for operator in (*wanted, *fillers)}
     behind, added = queries.read_beside(session, keys)
-    behind = scheduling.successions(behind, keys)
-    added = scheduling.few([pair for pair in added if pair[1] in keys])
+    may_stand = keys
+    if not (came_back and len(wanted) == 1):
+        around = {key for pair in (*behind, *added) for key in pair} - keys
+        may_stand = keys | queries.harmless(session, record.target, record.plan, around, proven=came_back)
+    behind = scheduling.successions([pair for pair in behind if may_stand.issuperset(pair)], keys)
+    added = scheduling.few([pair for pair in added if pair[1] in keys and pair[0] in may_stand])
     others = {key for pair in (*behind, *added) for key in pair} - keys
     definitions = queries.read_definitions(session, others)
     neighbours = tuple(OPERATOR.validate_python(definitions[key][1]) for key in sorted(others))

@@ -66,7 +66,7 @@ def read_lookup(
         undefined = tuple(key for key in unknown if key not in request.operators)
         return Lookup(unknown=undefined) if undefined else None
     rows = queries.frozen_rows(session, pin.id, keys)
-    if pin.snapshot is None and (len(rows) < len(keys) or (not pin.correction_frozen and _any_latency(request, rows))):
+    if pin.snapshot is None and (len(rows) < len(keys) or (not pin.correction_frozen and _tells(request, keys, rows))):
         return None
     return _answer(session, pin, request, rows, traits, settings)
 
@@ -100,7 +100,7 @@ def record_lookup(
                 queries.put_beside(session, *beside(networks, new))
             if missing and not final:
                 return None, enqueued
-        if not pin.correction_frozen and _any_latency(request, rows):
+        if not pin.correction_frozen and _tells(request, keys, rows):
             queries.freeze_correction(session, pin)
     else:
         rows = queries.frozen_rows(session, pin.id, keys)
@@ -114,9 +114,12 @@ def _defined(session: Session, networks: Sequence[Sequence[str]]) -> list[list[O
     return [[operators[key] for key in network] for network in networks]
 
 
-def _any_latency(request: LookupRequest, rows: Mapping[str, OperatorRow]) -> bool:
+def _tells(request: LookupRequest, keys: Sequence[str], rows: Mapping[str, OperatorRow]) -> bool:
+    """Whether an answer tells a latency that may be corrected: a network's or, where all is there, an operator's, which
+    its reader may add up with others."""
     measured = {key for key, row in rows.items() if row.status is Status.MEASURED}
-    return any(network and measured.issuperset(network) for network in request.networks)
+    all_there = len(rows) == len(keys)
+    return bool(measured) and (all_there or any(net and measured.issuperset(net) for net in request.networks))
 
 
 def _answer(

@@ -62,8 +62,9 @@ class _Child:
     process: subprocess.Popen[bytes] | None = None
     restarts: int = 0
 
-    def start(self) -> re.Match[str]:
-        """Starts it and waits for its line of readiness. Raises EmbeddedServiceFailed with the end of its log."""
+    def start(self, is_over: Callable[[], bool] = lambda: False) -> re.Match[str]:
+        """Starts it and waits for its line of readiness, unless it `is_over` before. Raises
+        EmbeddedServiceFailed with the end of its log."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             begin = log.tell()
@@ -83,6 +84,8 @@ class _Child:
                 return found
             if ended:
                 raise self.failure(f"{self.name} ended with status {self.process.returncode} before it was ready")
+            if is_over():
+                raise self.failure(f"{self.name} was ended before it was ready")
             if time.monotonic() > deadline:
                 raise self.failure(f"{self.name} was not ready within {READY_S:.0f} s")
             time.sleep(0.05)
@@ -140,6 +143,7 @@ class EmbeddedService:
         self._children: list[_Child] = []
         self._watcher: threading.Thread | None = None
         self._ending = threading.Event()
+        self._restarting = threading.Lock()
         self._failure: EmbeddedServiceFailed | None = None
         self._held: IO[bytes] | None = None
 
@@ -169,12 +173,13 @@ class EmbeddedService:
     def close(self) -> None:
         """Ends both processes, the agent first."""
         self._ending.set()
+        with self._restarting:
+            for child in reversed(self._children):
+                child.stop()
+            self._children.clear()
         if self._watcher is not None:
-            self._watcher.join()
+            self._watcher.join()  # what it started ends with its thread, so that comes last
             self._watcher = None
-        for child in reversed(self._children):
-            child.stop()
-        self._children.clear()
         if self._held is not None:
             self._held.close()
             self._held = None
@@ -209,23 +214,23 @@ class EmbeddedService:
 
     def _watch(self) -> None:
         while not self._ending.wait(WATCH_S):
-            for child in self._children:
-                if child.running or child.process is None:
-                    continue
-                status = child.process.returncode
-                if child.restarts >= RESTARTS:
-                    self._failure = child.failure(
-                        f"{child.name} died {RESTARTS + 1} times, the last time with status {status}"
-                    )
-                    return
-                child.restarts += 1
-                self._tell(f"{child.name} died with status {status}: started again")
-                try:
-                    child.stop()
-                    child.start()
-                except EmbeddedServiceFailed as error:
-                    self._failure = error
-                    return
+            with self._restarting:
+                for child in self._children:
+                    if child.running or child.process is None or self._ending.is_set():
+                        continue
+                    try:
+                        self._start_again(child, child.process.returncode)
+                    except EmbeddedServiceFailed as error:
+                        self._failure = error
+                        return
+
+    def _start_again(self, child: _Child, status: int | None) -> None:
+        if child.restarts >= RESTARTS:
+            raise child.failure(f"{child.name} died {RESTARTS + 1} times, the last time with status {status}")
+        child.restarts += 1
+        self._tell(f"{child.name} died with status {status}: started again")
+        child.stop()
+        child.start(self._ending.is_set)
 
 
 def database_url(database: str) -> str:

@@ -7,7 +7,7 @@ data: {name: digits, image_size: 32}         # a module of search_client.data, a
 super_network: {epochs: 20, batch_size: 64}  # search_client.training.TrainingOptions
 search: {metric: latency, budget_ratio: 0.5, samples: 40, layers: 4, reduction: 0.06, decay: 0.98}
 discovered_network: {epochs: 20}             # TrainingOptions again
-calibration: {networks: 12}
+calibration: {networks: 14}
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Search(Section):
 class Calibration(Section):
     """Where a table has no correction yet, one is fitted on this many random sub-networks; 0 fits none."""
 
-    networks: int = Field(default=12, ge=0, le=256)
+    networks: int = Field(default=14, ge=0, le=256)
 
     @model_validator(mode="after")
     def _check(self) -> Calibration:

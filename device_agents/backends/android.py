@@ -396,6 +396,9 @@ class Android:
                 raise Unreachable(f"{where}: it does not fix its clocks", remedy="set fixed_performance=false")
             if state.battery_saver:
                 raise Unreachable(f"{where}: it saves its battery", remedy="charge it")
+            lacking = 0 if state.free_bytes is None else adb.RESERVE - state.free_bytes
+            if lacking > 0 and self.phone.make_room(lacking):  # what leases before this one brought
+                state = self.look(fix_clocks=self.setup.fixed_performance)
             if state.free_bytes is not None and state.free_bytes < adb.RESERVE:
                 raise adb.NoSpace(f"{where}: {state.free_bytes} bytes of storage are free", remedy="free some")
             limit_c = self.setup.max_temperature_c - (COOLED_C if self._was_hot else 0)
@@ -532,13 +535,13 @@ class _Watch:
 
     def __init__(self, backend: Android):
         self.backend = backend
-        self.before = backend.look()
+        self.before = backend.look(fix_clocks=backend.setup.fixed_performance)
         self.restarts = backend.restarts
 
     def read(self, plan: Plan) -> tuple[Evidence, Failure | None]:
         """Heat that throttled, or a limit of the clocks that fell meanwhile, refuses what was measured."""
         backend, before = self.backend, self.before
-        after = backend.look()
+        after = backend.look(fix_clocks=backend.setup.fixed_performance)
         watched = sorted(set(backend.setup.cores or before.cores) & set(before.cores) & set(after.cores))
         properties = after.properties
         facts: Evidence = {
@@ -569,7 +572,11 @@ class _Watch:
             then, now = before.cores[core].limit, after.cores[core].limit
             if why is None and then is not None and now is not None and now < then:
                 why = f"the clock of core {core} was limited from {_mhz(then)} to {_mhz(now)} MHz meanwhile"
-        return facts, None if why is None else Failure(cause="hot", message=f"{backend.phone.address}: {why}")
+        if why is not None:
+            return facts, Failure(cause="hot", message=f"{backend.phone.address}: {why}")
+        policies = backend.clock_policy(before), backend.clock_policy(after)
+        message = f"{backend.phone.address}: its clock policy was {policies[0]} and is {policies[1]} now"
+        return facts, None if policies[0] == policies[1] else Failure(cause="drift", message=message)
 
 
 def _mhz(khz: int | None) -> float | None:

@@ -346,7 +346,11 @@ class _Session:
         self.inputs = self._tensors(make, signature, "Input")
         self.outputs = self._tensors(make, signature, "Output")
         random = np.random.default_rng(INPUT_SEED)
-        self.write([random.standard_normal(tensor.shape).astype(tensor.dtype) for tensor in self.inputs])
+        # Whole numbers may index something: zeros always can.
+        self.write(
+            [random.standard_normal(tensor.shape).astype(tensor.dtype) if np.issubdtype(tensor.dtype, np.floating)
+             else np.zeros(tensor.shape, tensor.dtype) for tensor in self.inputs]
+        )  # fmt: skip
         self.arguments = (
             self.model, c_size_t(0), c_size_t(len(self.inputs)), _addresses(self.inputs), c_size_t(len(self.outputs)),
             _addresses(self.outputs),
@@ -361,7 +365,10 @@ class _Session:
             self.profile = _Profile(library, self.model, model, model_operators(kept[0], model), backend)
 
     def _tensors(self, make: Callable[..., c_void_p], signature: c_void_p, side: str) -> list[_Tensor]:
-        """The tensors of one side with fresh buffers, in the sizes that the runtime gave to those left open."""
+        """The tensors of one side with fresh buffers, of one example where their number is left open.
+
+        Raises Unsupported where inputs leave other sizes open: their latency would be of sizes that nobody asked for.
+        """
         library = self.library
         count = library.count(f"LiteRtGetNumSignature{side}s", signature)
         layouts = (_Layout * count)()
@@ -380,6 +387,8 @@ class _Session:
             tensor = library.make(f"LiteRtGetSignature{side}TensorByIndex", signature, c_size_t(number))
             kind = _TensorType()
             library.call("LiteRtGetRankedTensorType", tensor, byref(kind))
+            if side == "Input" and any(size < 1 for size in kind.layout.sizes[1 : kind.layout.rank]):
+                raise Unsupported(f"input {number} leaves open more than how many examples it takes")
             kind.layout = layouts[number]
             if kind.element not in ELEMENTS:
                 raise Unsupported(f"{side.lower()} {number} has elements of LiteRT's type {kind.element}")

@@ -13,6 +13,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from device_agents import energy, evidence, fine_clock, ort_marks, ort_profile, ort_session
-from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
+from device_agents.backends import Backend, Check, Loaded, LoadFailed, NodeTimes, Options, Unsupported
 from device_agents.settings import choice
 from lut_db.errors import InvalidInput
 from lut_db.lowering.onnx import BYPASSES, Bypass, tensor_name, to_onnx
@@ -220,6 +221,15 @@ class _Profiled(_Session):
         return self.clock.believed(times, self.passed_ms)
 
 
+@contextmanager
+def _odd() -> Iterator[None]:
+    """What makes marks odd once, as other threads of the runtime may, need not be so in the next session."""
+    try:
+        yield
+    except Unsupported as odd:
+        raise LoadFailed("error", str(odd)) from odd
+
+
 class _Marked(_Session):
     """Profiled in its first runs alone, which show how to tell kernels apart afterwards."""
 
@@ -227,6 +237,11 @@ class _Marked(_Session):
         super().__init__(profile.session)
         self.tracer = tracer
         self.nodes = profile.nodes
+        with _odd():
+            self._mark(profile)
+        self.durations_ns: list[NDArray[np.int64]] = []
+
+    def _mark(self, profile: _Profile) -> None:
         super().time(1)
         _, profiled = self._trace(1, ANY_OBJECTS)
         names = [name for name, _ in ort_profile.kernels_by_run(profile.end())[-1]]
@@ -238,14 +253,14 @@ class _Marked(_Session):
         for name, (node, _), mark in zip(names, charges, self.marks.within(len(names)), strict=True):
             if node != self.charges[mark][0]:
                 raise Unsupported(f"ONNX Runtime makes nothing at which {name} begins; {ort_marks.REMEDY}")
-        self.durations_ns: list[NDArray[np.int64]] = []
 
     def _trace(self, runs: int, room: int, places: NDArray[np.int64] | None = None) -> tuple[list[float], NDArray]:
         return self.tracer.trace(lambda: super(_Marked, self).time(runs), room, places)
 
     def time(self, runs: int) -> list[float]:
-        times_ms, trace = self._trace(runs, runs * ROOM * len(self.marks.order), self.marks.places)
-        self.durations_ns.append(self.marks.durations_ns(trace, runs))
+        with _odd():
+            times_ms, trace = self._trace(runs, runs * ROOM * len(self.marks.order), self.marks.places)
+            self.durations_ns.append(self.marks.durations_ns(trace, runs))
         return times_ms
 
     def node_times(self) -> NodeTimes:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from device_agents import energy, evidence, nvml
-from device_agents.backends import Backend, Check, Loaded, NodeTimes, Options, Unsupported
+from device_agents.backends import Backend, Check, Loaded, LoadFailed, NodeTimes, Options, Unsupported
 from device_agents.settings import choice, switch
 from lut_db.errors import InvalidInput
 from lut_db.lowering.torch import to_torch
@@ -42,6 +42,8 @@ from lut_db.networks import Network
 from lut_db.targets import Precision, Target
 
 INPUT_SEED = 0
+OUT_OF_MEMORY = ("ALLOC_FAILED", "NOT_INITIALIZED", "out of memory", "unable to find an engine")
+"""What the libraries beneath torch say where the GPU's memory is full; cuDNN has no engine left that fits then."""
 EAGER_RUNS = 3
 """Before the capture: cuDNN's and cuBLAS' choices are made, and all memory is there."""
 NEEDS_TORCH = (2, 9)
@@ -232,6 +234,8 @@ class _Session:
             except (torch.OutOfMemoryError, torch.AcceleratorError):
                 raise  # the process ends with it: the graph is tried again in smaller company
             except RuntimeError as error:
+                if any(word in str(error) for word in OUT_OF_MEMORY):
+                    raise LoadFailed("out_of_memory", str(error)) from error
                 raise Unsupported(f"torch cannot run the graph on this GPU: {error}") from error
         marks = len(program.network.nodes) + 1 if profile else 2
         self.events = [torch.cuda.Event(enable_timing=True, external=True) for _ in range(marks)]

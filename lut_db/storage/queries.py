@@ -209,6 +209,12 @@ def _clean(text: str) -> str:
     return text.replace("\x00", "\ufffd")  # PostgreSQL has no such character
 
 
+def plans_of(session: Session, target: str) -> list[str]:
+    """The plans under which a target has rows, those first that have the most."""
+    query = select(m.Row.plan).where(m.Row.target == target).group_by(m.Row.plan)
+    return list(session.scalars(query.order_by(func.count().desc(), m.Row.plan)))
+
+
 def reference_rows(session: Session, target: str, plan: str, device: str, limit: int) -> dict[str, float]:
     """Latencies in ms of up to `limit` workloads of a table that other devices measured, evenly from fast to slow."""
     query = (
@@ -411,11 +417,20 @@ def newest_rows(session: Session, target: str, plan: str, keys: Iterable[str]) -
     return {key: _operator_row(*rest) for key, *rest in session.execute(query)}
 
 
-def settled(session: Session, target: str, plan: str, keys: Iterable[str]) -> int:
-    """How many of these workloads have a row, measured or failed."""
+def settled(session: Session, target: str, plan: str, keys: Iterable[str], *, newest: bool = False) -> int:
+    """How many of these workloads have a row, measured or failed; with `newest`, how many of them wait for no other."""
     each = _each(session, keys)
-    has_row = exists().where(m.Row.target == target, m.Row.plan == plan, m.Row.workload == each.c.value)
-    return session.execute(select(func.count()).select_from(each).where(has_row)).scalar_one()
+    query = select(func.count()).select_from(each)
+    query = query.where(
+        exists().where(m.Row.target == target, m.Row.plan == plan, m.Row.workload == each.c.value)
+    )  # fmt: skip
+    if newest:
+        query = query.where(
+            ~exists().where(
+                m.Pending.target == target, m.Pending.plan == plan, m.Pending.workload == each.c.value
+            )
+        )  # fmt: skip
+    return session.execute(query).scalar_one()
 
 
 @dataclass(frozen=True)
@@ -524,6 +539,23 @@ def measured_operators(
         .limit(limit)
     )  # fmt: skip
     return [(definition, latency_ms) for definition, latency_ms in session.execute(query)]
+
+
+def harmless(session: Session, target: str, plan: str, keys: Iterable[str], *, proven: bool) -> set[str]:
+    """Those of these operators beside which others may stand in a table: what is measured there and, unless it must be
+    `proven` so, what was never tried. What failed or came back may be what kills a graph."""
+    asked = set(keys)
+    each = _each(session, asked)
+    rows = select(m.Row.workload, m.Row.status).where(*_newest(target, plan), m.Row.workload.in_(select(each.c.value)))
+    status = {row.workload: row.status for row in session.execute(rows)}
+    measured = {workload for workload, said in status.items() if said == Status.MEASURED.value}
+    if proven:
+        return measured
+    came_back = select(m.Pending.workload).where(
+        m.Pending.target == target, m.Pending.plan == plan, m.Pending.attempts > 0,
+        m.Pending.workload.in_(select(each.c.value)),
+    )  # fmt: skip
+    return measured | (asked - status.keys() - set(session.scalars(came_back)))
 
 
 def oldest_networks(
@@ -936,6 +968,22 @@ def put_calibration(
     )
     session.execute(insert.on_conflict_do_nothing(index_elements=["key"]))
     return session.execute(select(m.Calibration).where(m.Calibration.key == key)).scalar_one()
+
+
+def is_overtaken(session: Session, record: m.Calibration) -> bool:
+    """Whether what a calibration was fitted to was measured again, or waits for that."""
+    correction = None if record.correction is None else session.get(m.Correction, record.correction)
+    if correction is None:
+        return False
+    for plan, keys in ((record.plan, record.operators), (record.whole, record.networks)):
+        each = _each(session, keys)
+        since = exists().where(
+            m.Row.target == record.target, m.Row.plan == plan, m.Row.workload.in_(select(each.c.value)),
+            m.Row.measured_at > correction.fitted_at,
+        )  # fmt: skip
+        if settled(session, record.target, plan, keys, newest=True) < len(keys) or session.scalar(select(since)):
+            return True
+    return False
 
 
 def read_calibration(session: Session, calibration: int) -> m.Calibration:

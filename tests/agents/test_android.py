@@ -27,6 +27,7 @@ from lut_db.lowering.tflite import to_tflite
 from lut_db.measurements import Failure
 from lut_db.networks import Network, NetworkBuilder
 from lut_db.operators import Convolution, Upsample
+from lut_db.plans import Plan
 from lut_db.wire import Report
 
 TOOLS = ("benchmark_model", "onnxruntime_perf_test")
@@ -402,6 +403,38 @@ def test_storage_that_is_full(make, simulated: RunningPhone) -> None:  # type: i
         backend.load(small("hard_swish"), profile=False)
     assert full.value.cause == "out_of_memory"
     backend.load(small("hard_swish"), profile=False)
+
+
+def test_storage_that_its_own_models_filled_is_freed(keys: Path) -> None:
+    with running_phone("--storage-mib", "40") as filled:
+        backend = backends.create("android", Options(settings={"devices": filled.serial, "keys": str(keys)}))
+        assert isinstance(backend, android.Android)
+        backend.ready()
+        model, other = f"{adb.FOLDER}/models/{'0' * 64}.onnx", f"{adb.FOLDER}/other"
+        for path in (model, other):
+            backend.phone.check(f"head -c 30000000 /dev/zero > {path}")
+            assert (backend.phone.free_bytes() or 0) < adb.RESERVE
+            if path == model:
+                backend.ready()
+        with pytest.raises(adb.NoSpace, match="bytes of storage are free"):
+            backend.ready()
+        assert backend.phone.run(f"ls {model}").code != 0
+        backend.phone.close()
+
+
+def test_a_clock_policy_that_changes_meanwhile_is_refused(make) -> None:  # type: ignore[no-untyped-def]
+    backend = make()
+    watch = backend.watch()
+    backend.phone.run("cmd power set-fixed-performance-mode-enabled true")
+    assert watch.read(Plan())[1] is None, "nobody asked for it"
+    fixed = make(fixed_performance="true").watch()
+    facts, refusal = fixed.read(Plan())
+    assert (facts["clock_policy"], refusal) == ("fixed-performance", None)
+    fixed.before = replace(fixed.before, fixed_performance=False)
+    refusal = fixed.read(Plan())[1]
+    assert refusal.cause == "drift"
+    assert "is fixed-performance now" in refusal.message
+    backend.phone.run("cmd power set-fixed-performance-mode-enabled false")
 
 
 def test_garbage_in_a_lease_becomes_a_failure_that_keeps_it(make, options: Options, tmp_path: Path, simulated) -> None:  # type: ignore[no-untyped-def]

@@ -10,15 +10,17 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from conftest import RunningServer
 
 from device_agents import backends
-from device_agents.agent import Agent, _tail, _why
+from device_agents.agent import Agent, Stopped, _tail, _why
 from device_agents.backends import Options
 from device_agents.child import Job
 from lut_db.operators import Convolution, Linear, Operator
 from lut_db.plans import Plan
-from lut_db.wire import Lease, Report
+from lut_db.wire import API, Lease, LookupRequest, PinRequest, Report
 
 LIGHT: dict[str, Any] = {
     "carriers": 1, "warmup_runs": 1, "round_runs": 2, "min_runs": 4, "max_runs": 4, "load_tolerance": 64,
@@ -76,6 +78,43 @@ def test_cores_that_are_taken_away_are_nothing_of_the_operators(tmp_path: Path) 
     assert measurement.failure is not None
     assert measurement.failure.cause == "unreachable"
     assert f"only use [{core}]" in measurement.failure.message
+
+
+def test_a_backend_that_cannot_be_made_any_more_is_nothing_of_the_operators(tmp_path: Path) -> None:
+    job = Job(backend="cuda-torch", options=Options(settings={"gpu": "4096"}), lease=ask(SMALL))
+    (tmp_path / "job.json").write_text(job.model_dump_json())
+    command = [sys.executable, "-m", "device_agents.child", str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
+        assert child.wait() == 0
+    (measurement,) = Report.model_validate_json((tmp_path / "report.json").read_bytes()).measurements
+    assert measurement.failure is not None
+    assert measurement.failure.cause == "unreachable"
+
+
+def test_what_was_measured_is_told_even_by_an_agent_that_ends(
+    server: RunningServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is told to stop while the service does not answer, which it does a moment later."""
+    options = Options()
+    agent = Agent(server.url, "here", BACKEND, backends.create(BACKEND, options), options)
+    with httpx.Client(base_url=server.url + API) as http:
+        agent._register(http, agent.backend.target())
+        pin = PinRequest(target=agent.backend.target().key, plan=Plan(**LIGHT))
+        number = http.post("/pins", json=pin.model_dump(mode="json")).json()["id"]
+        lookup = LookupRequest(operators={SMALL.key: SMALL}, networks=((SMALL.key,),))
+        assert http.post(f"/pins/{number}/lookup", json=lookup.model_dump(mode="json")).is_success
+        lease = agent._ask(http, agent.backend.target())
+        assert lease is not None
+
+        def silent(*_: object, **__: object) -> None:
+            agent.stop()
+            raise Stopped
+
+        monkeypatch.setattr(agent, "_request", silent)
+        with pytest.raises(Stopped):
+            agent._serve(http, lease)
+        rows = http.get(f"/targets/{agent.backend.target().key}/rows").json()["rows"]
+    assert [(row["key"], row["status"]) for row in rows] == [(SMALL.key, "measured")]
 
 
 def test_what_takes_too_long_is_ended() -> None:

@@ -11,14 +11,16 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from tables_kit import TARGET
 from typer.testing import CliRunner
 
-from device_agents import backends, cli, ort_session
+from device_agents import backends, cli, evidence, ort_session
 from device_agents.backends import Options
-from device_agents.cli import _options, app
+from device_agents.cli import _device_name, _options, app
 from lut_db.canary import canary
 from lut_db.errors import InvalidInput
 from lut_db.lowering.onnx import to_onnx
+from lut_db.targets import Device
 
 BACKEND = "cpu-onnxruntime"
 ALLOWED = sorted(os.sched_getaffinity(0))
@@ -39,6 +41,24 @@ def test_cores_are_told_as_taskset_takes_them(monkeypatch: pytest.MonkeyPatch, t
     assert _options(1, text, []) == Options(cores=tuple(sorted(cores)))
     assert _options(1, "any", []) == Options()
     assert _options(1, "any", [], energy=False) == Options(energy=False)
+
+
+def test_no_two_agents_of_a_host_have_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A service takes two agents of one name for one that was started again."""
+    monkeypatch.setattr(cli.platform, "node", lambda: "lab of many_words.example.org")
+    each = [
+        Options(), Options(threads=2), Options(cores=(0, 1)), Options(settings={"precision": "int8"}),
+        *(Options(settings={"gpu": gpu}) for gpu in ("0", "1")), Options(settings={"gpu": "1", "precision": "fp16"}),
+        *(Options(settings={"devices": one}) for one in ("192.168.100.107:5555", "192.168.100.108:5555", "usb:1A2B")),
+    ]  # fmt: skip
+    names = [_device_name(backend, options) for options in each for backend in ("cuda-onnxruntime", "cpu-litert")]
+    assert len(set(names)) == len(names)
+    for name in names:
+        assert Device(name=name, targets=(TARGET,)).name == name
+    assert _device_name("android", each[-1]).endswith("-android-1A2B")
+    assert _device_name("android", each[-1], "shelf") == "shelf", "as it is told"
+    assert _device_name("android", each[-1], "shelf", several=True) == "shelf-1A2B", "wherever it stands in the list"
+    assert _device_name("cpu-litert", Options(cores=evidence.default_cores(1))) == _device_name("cpu-litert", Options())
 
 
 @pytest.mark.parametrize("text", ["", "a", "-1", "3-2", "0-2:0", "0:2", "1,,2", "1;2", "0x1", "0-99999999999"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import flatbuffers
 import numpy as np
 import pytest
 import torch
+from ai_edge_litert import schema_py_generated as schema
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from operators_at_random import ANY, BY_KIND
@@ -17,7 +19,7 @@ from device_agents.packing import pack
 from device_agents.xnnpack import attribute
 from lut_db.canary import canary, heavy_canary
 from lut_db.errors import InvalidInput
-from lut_db.lowering.tflite import ModelOperator, model_operators, to_tflite
+from lut_db.lowering.tflite import FILE_IDENTIFIER, ModelOperator, model_operators, to_tflite
 from lut_db.lowering.torch import to_torch
 from lut_db.lowering.weights import made_up
 from lut_db.networks import Network
@@ -235,6 +237,57 @@ def test_a_file_is_loaded(backend: backends.Backend, tmp_path: Path) -> None:
     (tmp_path / "broken.tflite").write_bytes(b"no model")
     with pytest.raises(Unsupported, match="LiteRtCreateModelFromFile"):
         backend.load(tmp_path / "broken.tflite", profile=False)
+
+
+def saved(model: schema.ModelT, path: Path) -> Path:
+    builder = flatbuffers.Builder()
+    builder.Finish(model.Pack(builder), FILE_IDENTIFIER)
+    path.write_bytes(bytes(builder.Output()))
+    return path
+
+
+def with_open_sizes(sizes: list[int]) -> schema.ModelT:
+    model = schema.ModelT.InitFromPackedBuf(to_tflite(Network.of(Activate(input=MAP, activation="relu"))), 0)
+    (graph,) = model.subgraphs
+    for tensor in graph.tensors:
+        tensor.shapeSignature = sizes
+    return model
+
+
+def lookup_of_rows() -> schema.ModelT:
+    """Four rows of a table of eight, by their numbers."""
+    table = np.arange(24, dtype=np.float32).reshape(8, 3)
+    tensors = [
+        schema.TensorT(shape=shape, type=kind, buffer=buffer, name=name.encode())
+        for name, shape, kind, buffer in (
+            ("table", [8, 3], schema.TensorType.FLOAT32, 1), ("ids", [1, 4], schema.TensorType.INT32, 0),
+            ("rows", [1, 4, 3], schema.TensorType.FLOAT32, 0),
+        )
+    ]  # fmt: skip
+    code = schema.BuiltinOperator.GATHER
+    gather = schema.OperatorT(
+        opcodeIndex=0, inputs=[0, 1], outputs=[2], builtinOptionsType=schema.BuiltinOptions.GatherOptions,
+        builtinOptions=schema.GatherOptionsT(axis=0),
+    )  # fmt: skip
+    return schema.ModelT(
+        version=3, operatorCodes=[schema.OperatorCodeT(builtinCode=code, deprecatedBuiltinCode=code, version=1)],
+        subgraphs=[schema.SubGraphT(tensors=tensors, inputs=[1], outputs=[2], operators=[gather])],
+        buffers=[schema.BufferT(), schema.BufferT(data=np.frombuffer(table.tobytes(), np.uint8))],
+    )  # fmt: skip
+
+
+def test_a_file_that_leaves_more_open_than_its_examples_is_refused(tmp_path: Path) -> None:
+    backend = made()
+    batches, channels, height, width = MAP
+    loaded = backend.load(saved(with_open_sizes([-1, height, width, channels]), tmp_path / "one.tflite"), profile=False)
+    assert len(loaded.time(2)) == 2
+    with pytest.raises(Unsupported, match="input 0 leaves open more than how many examples"):
+        backend.load(saved(with_open_sizes([batches, -1, -1, channels]), tmp_path / "any.tflite"), profile=False)
+
+
+def test_a_file_that_takes_whole_numbers_gets_some_that_index(tmp_path: Path) -> None:
+    loaded = made().load(saved(lookup_of_rows(), tmp_path / "rows.tflite"), profile=False)
+    assert len(loaded.time(2)) == 2
 
 
 def test_the_target_says_what_latencies_depend_on() -> None:

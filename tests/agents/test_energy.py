@@ -238,7 +238,7 @@ def test_joules_of_a_run_of_a_real_session(tree: Tree) -> None:
     tree.set("intel-rapl:0", start_uj)
     with powered(tree, start_uj=start_uj):
         found = joules_per_run(Rapl(tree.classes), [Burst(run, latency_ms), Burst(run, latency_ms / 2)])
-    for joules, (seconds, runs) in zip(found.joules, used[1::2], strict=True):  # a trial before each
+    for joules, (seconds, runs) in zip(found.joules, used[2::3], strict=True):  # behind two trials each
         assert joules == pytest.approx(WORK_W * seconds / runs, rel=0.15)
     assert found.evidence["source"] == "RAPL package-0"
     assert found.evidence["bursts"] == 2

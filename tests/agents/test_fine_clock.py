@@ -109,7 +109,7 @@ MANY_SMALL = """
 import json, sys
 from dataclasses import replace
 from device_agents import backends, fine_clock, ort_marks
-from device_agents.backends import Options, Unsupported
+from device_agents.backends import LoadFailed, Options
 from lut_db.networks import NetworkBuilder
 from lut_db.operators import Activate
 
@@ -139,7 +139,8 @@ for name, value in changed:
     fine_clock.Tracer._room = fine_clock.Tracer._room[:0]
     try:
         backend.load(network, profile=True)
-    except Unsupported as refused:
+    except LoadFailed as refused:
+        assert refused.cause == "error"
         refusals.append(str(refused))
     setattr(module, name, kept)
 print(json.dumps([times.total_ms.tolist(), latencies_ms, session.profiler_runs, refusals]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -261,6 +262,34 @@ def test_what_a_busy_memory_adds_to_weights_is_left_out(
     assert far.heavy_canary_ms is None
 
 
+def test_a_row_says_the_worst_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two sessions of one network the first never repeats itself, the last always does."""
+    backend = backends.create("cpu-onnxruntime", Options())
+    load, sessions = backend.load, 0
+
+    class Told:
+        profiler_runs = False
+
+        def __init__(self, times_ms: Iterator[float]) -> None:
+            self.times_ms = times_ms
+
+        def time(self, runs: int) -> list[float]:
+            return [next(self.times_ms) for _ in range(runs)]
+
+    def loading(network: Network, *, profile: bool) -> backends.Loaded:
+        nonlocal sessions
+        if network == canary():
+            return load(network, profile=profile)
+        sessions += 1
+        return Told(cycle((1.0, 3.0, 2.0) if sessions == 1 else (1.0,)))  # type: ignore[return-value]
+
+    monkeypatch.setattr(backend, "load", loading)
+    plan = light(backend, context="whole", carriers=2, max_runs=12, statistic="median")
+    (measurement,) = measure(backend, lease(backend, plan, networks=(Network.of(ONE_OF_EACH[0]),))).measurements
+    assert sessions == 2
+    assert measurement.stop == "max_runs"
+
+
 def test_what_waits_are_taken_off() -> None:
     wide, none = Linear(input=(1, 1024), features=1024), Activate(input=MAP, activation="relu")
     asked = Lease(token=1, device="here", target=TARGET, plan=Plan(), operators=(wide, none), expires_in_s=60)
@@ -467,7 +496,11 @@ def test_what_fails_is_a_failure_and_the_rest_is_measured(
     assert report.measurements[1].latency_ms is not None
 
 
-@pytest.mark.parametrize("error", [Unsupported("no such thing"), LoadFailed("crashed", "signal 11")])
+@pytest.mark.parametrize(
+    "error",
+    [Unsupported("no such thing"), LoadFailed("crashed", "signal 11"), RuntimeError("no CUDA"), MemoryError()],
+    ids=lambda error: type(error).__name__,
+)
 def test_a_device_that_cannot_run_the_canary_says_nothing_of_operators(
     backend: backends.Backend, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from itertools import pairwise
@@ -417,6 +417,26 @@ def test_a_lease_says_what_stands_beside_what_in_networks(lab_on_both: Lab) -> N
     assert (lease.successions, lease.shortcuts, lease.neighbours, lease.mean_parameters) == ((), (), (), None)
 
 
+@pytest.mark.parametrize("at_a_time", [2, 3, 64])
+def test_what_kills_a_graph_takes_no_neighbour_with_it(lab_on_both: Lab, at_a_time: int) -> None:
+    """One operator crashes every graph that it stands in, whether it is to be timed there or only stands beside."""
+    lab = lab_on_both
+    operators = convs(9)
+    killer = list(operators)[4]
+    lab.lookup(lab.pin().id, operators)
+    stood_beside = False
+    while (lease := lab.lease(max_operators=at_a_time)) is not None:
+        wanted = [operator.key for operator in lease.operators]
+        beside = {operator.key for operator in lease.neighbours}
+        stood_beside |= bool(beside)
+        say = failed if killer in (*wanted, *beside) else measured
+        lab.report(lease.token, *map(say, wanted))
+    assert {row.key: row.status for row in lab.rows().rows} == {
+        key: Status.FAILED if key == killer else Status.MEASURED for key in operators
+    }
+    assert stood_beside or at_a_time > len(operators)
+
+
 def test_reports_are_idempotent(lab_on_both: Lab) -> None:
     lab = lab_on_both
     lab.lookup(lab.pin().id, convs(2))
@@ -633,6 +653,21 @@ def test_a_device_on_trial_is_not_brought_to_the_speed_of_the_table(lab_on_both:
     test = trial_of(lab_on_both, "second", 20)
     assert (len(test.operators), len(test.fillers)) == (16, 4)
     assert test.known_ms == {}
+
+
+def test_a_device_is_tested_by_another_table_where_what_waits_has_none_yet(lab_on_both: Lab) -> None:
+    lab = lab_on_both
+    lab.lookup(lab.pin().id, convs(5))
+    lab.measure()
+    lab.register("second")
+    young = lab.pin(Plan(context="isolated"))
+    lab.lookup(young.id, convs(2, start=8))
+    test = lab.must_lease("second")
+    assert {operator.key for operator in test.operators} == set(convs(5))
+    assert test.plan == PLAN
+    lab.report(test.token, *(measured(operator.key) for operator in test.operators))
+    assert lab.device("second").agreement == {TARGET.key: 1.0}
+    assert lab.must_lease("second").plan.context == "isolated"
 
 
 def test_a_device_on_trial_sets_no_reference_and_gets_no_heavy_one(lab_on_both: Lab) -> None:
@@ -906,6 +941,62 @@ def test_a_calibration_leaves_out_what_failed_and_fails_with_too_little(lab: Lab
     body = {"plan": PLAN.model_dump(mode="json"), "networks": [networks[0].model_dump(mode="json")] * 6}
     answer = lab.client.post(f"/v1/targets/{TARGET.key}/calibrations", json=body)
     assert (answer.status_code, answer.json()["field"]) == (422, "networks")
+
+
+def test_a_calibration_is_made_again_when_its_rows_are(server, lab: Lab) -> None:
+    networks = [chain(*range(2, 2 + length)) for length in range(1, 7)]
+    whole = {network.key: float(len(network.nodes)) for network in networks}
+
+    def again(plan: Plan, keys: Collection[str]) -> None:
+        with server.lab.database.write() as session:
+            queries.lock_table(session, TARGET.key, plan.key)
+            queries.enqueue(session, TARGET.key, plan.key, keys, queries.clock(session), again=True)
+
+    def ended() -> Calibration:
+        _, calibration = calibrate(lab, networks)
+        told = lab.client.get(f"/v1/calibrations/{calibration.id}", params={"wait_s": 30})
+        return Calibration.model_validate(told.json())
+
+    calibrate(lab, networks)
+    while (lease := lab.lease()) is not None:
+        keys = [item.key for item in (*lease.operators, *lease.networks)]
+        lab.report(
+            lease.token, *(failed(key, "unsupported") if key in whole else measured(key) for key in keys)
+        )  # fmt: skip
+    broken = ended()
+    assert broken.state == "failed"
+    assert ended() == broken, "asked again, it is tried again"
+    again(WHOLE_PLAN, whole)
+    assert (calibrate(lab, networks)[1].state, calibrate(lab, networks)[1].pending) == ("measuring", len(whole))
+    lab.measure(lambda key: whole.get(key, 1.0))
+    first = ended()
+    assert (first.id, first.state) == (broken.id, "fitted")
+    assert ended() == first, "nothing has changed"
+    operators = {operator.key for network in networks for operator in network.operators}
+    again(PLAN, operators)
+    assert calibrate(lab, networks)[1].pending == len(operators)
+    lab.measure(lambda key: 2.0)
+    second = ended()
+    assert (second.id, second.state) == (first.id, "fitted")
+    assert first.correction is not None
+    assert second.correction is not None
+    assert second.correction.scale == pytest.approx(first.correction.scale / 2)
+
+
+def test_a_correction_comes_with_operators_of_a_network_that_cannot_be_estimated(lab: Lab) -> None:
+    """A reader adds those that were measured up in other networks."""
+    networks = [chain(*range(2, 2 + length)) for length in range(1, 7)]
+    calibrate(lab, networks)
+    lab.measure()
+    good, bad = convs(2)
+    lab.lookup(lab.pin().id, convs(2))
+    lease = lab.must_lease()
+    lab.report(lease.token, measured(good), failed(bad, "unsupported"))
+    for _ in range(2):
+        answer = lab.client.post(f"/v1/pins/{lab.pin().id}/lookup", json={"networks": [[good, bad]]})
+        told = Lookup.model_validate(answer.json())
+        assert told.networks[0].status is Status.FAILED
+        assert told.correction is not None
 
 
 # --- readiness ------------------------------------------------------------------------------------------------
