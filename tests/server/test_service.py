@@ -19,7 +19,7 @@ from lut_db.estimates import Correction, Fit
 from lut_db.measurements import MAX_SAMPLES, Measurement, Status
 from lut_db.networks import Network
 from lut_db.operators import Linear, Operator
-from lut_db.plans import Plan
+from lut_db.plans import WHOLE, Plan
 from lut_db.storage import models as m
 from lut_db.storage import queries
 from lut_db.wire import Calibration, DeviceState, Lease, Lookup, NetworksAnswer, Page, Pin, ReportOutcome, RowDetail
@@ -943,7 +943,8 @@ def test_a_calibration_leaves_out_what_failed_and_fails_with_too_little(lab: Lab
     assert (answer.status_code, answer.json()["field"]) == (422, "networks")
 
 
-def test_a_calibration_is_made_again_when_its_rows_are(server, lab: Lab) -> None:
+def test_a_calibration_is_made_again_when_its_rows_are(server, lab_on_both: Lab) -> None:
+    lab = lab_on_both
     networks = [chain(*range(2, 2 + length)) for length in range(1, 7)]
     whole = {network.key: float(len(network.nodes)) for network in networks}
 
@@ -966,7 +967,7 @@ def test_a_calibration_is_made_again_when_its_rows_are(server, lab: Lab) -> None
     broken = ended()
     assert broken.state == "failed"
     assert ended() == broken, "asked again, it is tried again"
-    again(WHOLE_PLAN, whole)
+    again(WHOLE, whole)
     assert (calibrate(lab, networks)[1].state, calibrate(lab, networks)[1].pending) == ("measuring", len(whole))
     lab.measure(lambda key: whole.get(key, 1.0))
     first = ended()
@@ -986,8 +987,11 @@ def test_a_calibration_is_made_again_when_its_rows_are(server, lab: Lab) -> None
 def test_a_correction_comes_with_operators_of_a_network_that_cannot_be_estimated(lab: Lab) -> None:
     """A reader adds those that were measured up in other networks."""
     networks = [chain(*range(2, 2 + length)) for length in range(1, 7)]
-    calibrate(lab, networks)
-    lab.measure()
+    _, calibration = calibrate(lab, networks)
+    whole = {network.key: float(len(network.nodes)) for network in networks}
+    lab.measure(lambda key: whole.get(key, 1.0))
+    fitted = lab.client.get(f"/v1/calibrations/{calibration.id}", params={"wait_s": 30}).json()
+    assert fitted["state"] == "fitted"
     good, bad = convs(2)
     lab.lookup(lab.pin().id, convs(2))
     lease = lab.must_lease()
