@@ -153,10 +153,7 @@ class Shell:
         async def forward(kind: int, source: asyncio.StreamReader) -> None:
             erase = self.sandbox.eraser()
             while True:
-                try:
-                    data = await source.read(CHUNK_BYTES)
-                except OSError:
-                    data = b""  # a terminal whose inner end is closed
+                data = await source.read(CHUNK_BYTES)
                 shown = erase(data, not data)
                 if shown:
                     async with sending:
@@ -194,10 +191,18 @@ class Shell:
                         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", int(rows), int(columns), 0, 0))
 
 
+class _Terminal(asyncio.StreamReaderProtocol):
+    """The outer end of a terminal. Reading fails once the inner end is closed: that is its end, and what was read
+    before is still to be had, which an error would take away."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(None)
+
+
 async def _terminal(outer: int) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     loop = asyncio.get_running_loop()
     reader = asyncio.StreamReader()
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(os.dup(outer), "rb", 0))
+    await loop.connect_read_pipe(lambda: _Terminal(reader), os.fdopen(os.dup(outer), "rb", 0))
     transport, flow = await loop.connect_write_pipe(
         lambda: asyncio.streams.FlowControlMixin(loop=loop), os.fdopen(outer, "wb", 0)
     )

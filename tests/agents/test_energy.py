@@ -227,18 +227,21 @@ def test_joules_of_a_run_of_a_real_session(tree: Tree) -> None:
     """The counter advances with the processor time that this process uses: what a run adds is known from it."""
     loaded = backend_on(tree).load(canary(), profile=False)
     latency_ms = float(np.median(loaded.time(20)))
-    used: list[tuple[float, int]] = []
+    used: dict[float, tuple[float, int]] = {}
 
-    def run(runs: int) -> None:
-        before = time.process_time()
-        loaded.time(runs)
-        used.append((time.process_time() - before, runs))
+    def burst(expected_ms: float) -> Burst:
+        def run(runs: int) -> None:
+            before = time.process_time()
+            loaded.time(runs)
+            used[expected_ms] = time.process_time() - before, runs  # the last is what counts, behind trials
+
+        return Burst(run, expected_ms)
 
     start_uj = RANGE_UJ - 1_000_000  # it begins again at zero on the way
     tree.set("intel-rapl:0", start_uj)
     with powered(tree, start_uj=start_uj):
-        found = joules_per_run(Rapl(tree.classes), [Burst(run, latency_ms), Burst(run, latency_ms / 2)])
-    for joules, (seconds, runs) in zip(found.joules, used[2::3], strict=True):  # behind two trials each
+        found = joules_per_run(Rapl(tree.classes), [burst(latency_ms), burst(latency_ms / 2)])
+    for joules, (seconds, runs) in zip(found.joules, used.values(), strict=True):
         assert joules == pytest.approx(WORK_W * seconds / runs, rel=0.15)
     assert found.evidence["source"] == "RAPL package-0"
     assert found.evidence["bursts"] == 2

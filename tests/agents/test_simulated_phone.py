@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import io
 import json
@@ -34,7 +35,7 @@ from hypothesis import strategies as st
 from phones import RunningPhone, phone
 
 from device_agents.simulated_phone import phone as state
-from device_agents.simulated_phone import programs, protocol
+from device_agents.simulated_phone import programs, protocol, services
 from device_agents.simulated_phone.control import Refused
 from device_agents.simulated_phone.phone import Climate, Fault, Identity, Phone
 from device_agents.simulated_phone.protocol import AUTH, CLSE, CNXN, OKAY, OPEN, WRTE, Packet, ProtocolError
@@ -1029,6 +1030,21 @@ def test_a_run_is_cut_off(bench: AdbDeviceTcp, shared: RunningPhone, signer: Pyt
     assert run(again, f"kill -9 {' '.join(pids)}")[1] == 0
     wait_until(lambda: shared.control.state()["load"] == 0, "the run has ended")
     again.close()
+
+
+def test_what_a_terminal_showed_last_is_not_lost() -> None:
+    async def read_late() -> bytes:
+        outer, inner = os.openpty()
+        reader, sink = await services._terminal(outer)
+        os.write(inner, b"last words")
+        os.close(inner)
+        await asyncio.sleep(0.2)
+        try:
+            return await reader.read()
+        finally:
+            sink.close()
+
+    assert asyncio.run(read_late()) == b"last words"
 
 
 def test_shells_of_old_phones_have_terminals(signer: PythonRSASigner) -> None:
