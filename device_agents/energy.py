@@ -132,23 +132,30 @@ class _Span:
 
 
 def _span(counter: Counter, burst: Burst, *, starts: bool) -> _Span:
-    runs = min(ceil(counter.burst_s * 1e3 / burst.latency_ms), MOST_RUNS)
-    if starts:
-        runs = max(runs, SHORT_BURST)
-    most = runs
-    if not starts and runs > TRIAL_RUNS:
+    most = min(ceil(counter.burst_s * 1e3 / burst.latency_ms), MOST_RUNS)
+    return _started(counter, burst, max(most, SHORT_BURST)) if starts else _at_work(counter, burst, most)
+
+
+def _at_work(counter: Counter, burst: Burst, most: int) -> _Span:
+    """A burst of as many runs as fit, with what comes between two, up to `most`."""
+    runs = most
+    if most > TRIAL_RUNS:
         for _ in range(2):  # the first wakes the device up
             began = time.perf_counter()
             burst.time(TRIAL_RUNS)
             run_s = (time.perf_counter() - began) / TRIAL_RUNS
         runs = min(most, ceil(counter.burst_s / run_s))
     whole = _counted(counter, lambda: burst.time(runs))
-    if not starts and runs < most and whole.at_s < SHORT_SHARE * counter.burst_s:  # the trial was disturbed
+    if runs < most and whole.at_s < SHORT_SHARE * counter.burst_s:  # the trial was disturbed
         runs = min(most, ceil(runs * counter.burst_s / whole.at_s))
         whole = _counted(counter, lambda: burst.time(runs))
-    if not starts:
-        return _Span(whole.joules, whole.at_s, runs)
+    return _Span(whole.joules, whole.at_s, runs)
+
+
+def _started(counter: Counter, burst: Burst, runs: int) -> _Span:
+    """What a burst has beyond a shorter one: not what starting the tool costs."""
     few = runs // SHORT_BURST
+    whole = _counted(counter, lambda: burst.time(runs))
     short = _counted(counter, lambda: burst.time(few))
     if whole.at_s <= short.at_s:
         raise Absent(f"a burst of {runs} runs was over before one of {few}")

@@ -385,11 +385,11 @@ class Android:
 
     def ready(self) -> None:
         with self.phone.hold():
-            state = self.look(fix_clocks=self.setup.fixed_performance)
+            state = self.look()
             where = self.phone.address
             if not state.tool and self._pushed is not None:  # somebody has cleared the folder
                 self._pushed = None
-                state = self.look(fix_clocks=self.setup.fixed_performance)
+                state = self.look()
             if not state.tool:
                 raise Unreachable(f"{where}: there is no program {self.tool_path()}", remedy=_whence(self.setup.tool))
             if self.setup.fixed_performance and not state.fixed_performance:
@@ -398,7 +398,7 @@ class Android:
                 raise Unreachable(f"{where}: it saves its battery", remedy="charge it")
             lacking = 0 if state.free_bytes is None else adb.RESERVE - state.free_bytes
             if lacking > 0 and self.phone.make_room(lacking):  # what leases before this one brought
-                state = self.look(fix_clocks=self.setup.fixed_performance)
+                state = self.look()
             if state.free_bytes is not None and state.free_bytes < adb.RESERVE:
                 raise adb.NoSpace(f"{where}: {state.free_bytes} bytes of storage are free", remedy="free some")
             limit_c = self.setup.max_temperature_c - (COOLED_C if self._was_hot else 0)
@@ -408,8 +408,9 @@ class Android:
                 raise Unreachable(f"{where}: {heat}")
             self._target = self._describe(state)
 
-    def look(self, *, fix_clocks: bool = False) -> _State:
-        return _look(self.phone, self.tool_path(), fix_clocks=fix_clocks)
+    def look(self) -> _State:
+        """How the phone is now; has it hold its clocks where the settings say so."""
+        return _look(self.phone, self.tool_path(), fix_clocks=self.setup.fixed_performance)
 
     def tool_path(self) -> str:
         """Where the tool is on the phone; brings it there if it is to be."""
@@ -535,13 +536,13 @@ class _Watch:
 
     def __init__(self, backend: Android):
         self.backend = backend
-        self.before = backend.look(fix_clocks=backend.setup.fixed_performance)
+        self.before = backend.look()
         self.restarts = backend.restarts
 
     def read(self, plan: Plan) -> tuple[Evidence, Failure | None]:
         """Heat that throttled, or a limit of the clocks that fell meanwhile, refuses what was measured."""
         backend, before = self.backend, self.before
-        after = backend.look(fix_clocks=backend.setup.fixed_performance)
+        after = backend.look()
         watched = sorted(set(backend.setup.cores or before.cores) & set(before.cores) & set(after.cores))
         properties = after.properties
         facts: Evidence = {
@@ -867,7 +868,7 @@ def doctor(options: Options) -> Iterator[Check]:
 
 def _examine(backend: Android) -> Iterator[Check]:
     setup, name = backend.setup, backend.phone.address
-    state = backend.look(fix_clocks=setup.fixed_performance)
+    state = backend.look()
     model = state.properties.get("ro.product.model", "unknown")
     yield Check(f"{name}: answers", True, f"{model}, {state.properties.get('ro.build.fingerprint', 'unknown')}")
     path = backend.tool_path()
